@@ -1,0 +1,3 @@
+"""mdseq trains diffusion language models on long documents."""
+
+__version__ = "0.1.0"

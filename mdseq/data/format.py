@@ -1,0 +1,159 @@
+"""The dataset on disk, the contract between builder and trainer; `docs/data_format.md` is its prose.
+
+A dataset is a folder: `manifest.json`, `tokenizer.model`, and shards `train-00000.arrow`,
+`valid-00000.arrow`, ... A shard is an uncompressed Arrow IPC *file* (it has a footer, so it can be memory
+mapped and opened in milliseconds), one row a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mdseq.data.tokenizer import SpecialToken
+from mdseq.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.model"
+REJECTED_FILE = "rejected.jsonl"
+DOCUMENT_ID_BYTES = 16
+
+Split = Literal["train", "valid"]
+Kind = Literal["text", "pair"]
+TokenDtype = Literal["uint16", "uint32"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardEntry(_Record):
+    """One shard file, as it must be found."""
+
+    file: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+class SplitEntry(_Record):
+    """The shards of a split, in order, and their totals; `text_bytes` counts UTF-8 text before encoding."""
+
+    shards: tuple[ShardEntry, ...]
+    documents: int
+    tokens: int
+    text_bytes: int
+
+
+class Manifest(_Record):
+    """What a dataset is. `fingerprint` identifies the content, not the place or the time."""
+
+    format_version: int = FORMAT_VERSION
+    fingerprint: str = ""
+    kind: Kind
+    tokenizer_fingerprint: str
+    vocab_size: int
+    dtype: TokenDtype
+    special_tokens: dict[str, int]
+    splits: dict[Split, SplitEntry]
+    rejected: dict[str, int]
+    options: dict[str, Any]
+
+    def content_fingerprint(self) -> str:
+        """Hash of format version, tokenizer, options and the ordered hashes of the shards."""
+        shards = {split: [shard.sha256 for shard in entry.shards] for split, entry in self.splits.items()}
+        identity = [self.format_version, self.tokenizer_fingerprint, self.options, shards]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def signed(self) -> Manifest:
+        """The same manifest with its fingerprint filled in."""
+        return self.model_copy(update={"fingerprint": self.content_fingerprint()})
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def load(cls, data_dir: Path) -> Manifest:
+        """Read `data_dir/manifest.json`. Raises UserError: no folder, no manifest, not ours, edited."""
+        path = data_dir / MANIFEST_FILE
+        if not data_dir.is_dir():
+            raise UserError(
+                f"no dataset folder {data_dir}; build one with: make prep DATA=PATH OUT={data_dir}"
+            )
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(
+                f"{data_dir} is not a dataset: it has no {MANIFEST_FILE}; "
+                "give the folder that `make prep` wrote (its OUT)"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON ({error}); build the dataset again") from None
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version!r}; this code reads version {FORMAT_VERSION}: "
+                "build the dataset again, or use the release that built it"
+            )
+        try:
+            manifest = cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {where}: {first['msg']}; build the dataset again") from None
+        if manifest.fingerprint != manifest.content_fingerprint():
+            raise UserError(
+                f"{path} was changed after the build: its fingerprint differs; build the dataset again"
+            )
+        return manifest
+
+
+def special_token_ids() -> dict[str, int]:
+    """The special ids as the manifest records them."""
+    return {token.name.lower(): int(token) for token in SpecialToken}
+
+
+def token_dtype(vocab_size: int) -> TokenDtype:
+    """The narrowest type that holds every id of the vocabulary."""
+    return "uint16" if vocab_size <= np.iinfo(np.uint16).max + 1 else "uint32"
+
+
+def shard_schema(dtype: TokenDtype, tokenizer_fingerprint: str) -> pa.Schema:
+    """Columns of a shard. 64-bit offsets, because a batch of long documents outgrows 32-bit ones."""
+    return pa.schema(
+        [
+            pa.field(
+                "tokens", pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False)), False
+            ),
+            pa.field("target_start", pa.int64(), nullable=False),
+            pa.field("document_id", pa.binary(DOCUMENT_ID_BYTES), nullable=False),
+            pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+        ],
+        metadata={"format_version": str(FORMAT_VERSION), "tokenizer_fingerprint": tokenizer_fingerprint},
+    )
+
+
+def document_id(text: str, target: str | None) -> bytes:
+    """Content hash of a document, or of a source and its target; the same wherever the document is found."""
+    digest = hashlib.blake2b(digest_size=DOCUMENT_ID_BYTES)
+    for part in (text,) if target is None else (text, target):
+        content = part.encode()
+        # The length keeps the pair ("ab", "c") apart from ("a", "bc").
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.digest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The diffusion of embeddings: noise, timesteps, soft absorbing state, objective and solvers."""

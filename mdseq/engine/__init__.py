@@ -1,0 +1,1 @@
+"""Hosting the objective by DeepSpeed. Only this package imports deepspeed."""

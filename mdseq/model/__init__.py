@@ -1,0 +1,1 @@
+"""The denoiser: a bidirectional transformer with sparse attention and routed experts, in plain PyTorch."""

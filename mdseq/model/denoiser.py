@@ -1,0 +1,146 @@
+"""The denoiser f: from noisy embeddings and their noise level to clean embeddings (x0-prediction).
+
+Shapes: b batch, l tokens in a row, v vocabulary, z embedding dimension, d hidden dimension, g global slots in a row,
+s = g + l slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdseq.model.attention import SelfAttention
+from mdseq.model.block import Block
+from mdseq.model.embedding import TimeEmbedding, rotary_angles
+from mdseq.model.experts import DenseFeedForward, Experts, RoutedExperts
+from mdseq.sparse import Documents, Layout, Pattern
+from mdseq.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """All that the weights' shapes and the forward pass depend on."""
+
+    vocab_size: int
+    embedding_dim: int
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    feedforward_dim: int
+    post_norm: bool
+    windows: tuple[int | None, ...]
+    dilations: tuple[int, ...]
+    num_global: int
+    attention_engine: str
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, spec: RunSpec, vocab_size: int) -> DenoiserConfig:
+        model, attention, experts = spec.model, spec.attention, spec.experts
+        sparse = attention.kind == "sparse"
+        layers = range(model.num_layers)
+        return cls(
+            vocab_size=vocab_size,
+            embedding_dim=model.embedding_dim,
+            hidden_dim=model.hidden_dim,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            feedforward_dim=experts.feedforward_dim if experts.num_experts else model.feedforward_dim,
+            post_norm=model.norm == "post",
+            windows=tuple(attention.window if sparse else None for _ in layers),
+            dilations=tuple(attention.dilation[i % len(attention.dilation)] if sparse else 1 for i in layers),
+            num_global=attention.num_global if sparse else 0,
+            attention_engine=attention.engine,
+            num_experts=experts.num_experts,
+            top_k=experts.top_k,
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DenoiserConfig:
+        return cls(**values | {key: tuple(values[key]) for key in ("windows", "dilations")})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Denoiser(nn.Module):
+    """Embeds tokens, denoises embeddings, and scores embeddings against the vocabulary.
+
+    Every document of a row has `num_global` learned global slots of its own, which go through the layers beside the
+    tokens and are dropped at the end.
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_dim
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
+        self.head = nn.Linear(config.embedding_dim, config.vocab_size)
+        self.time = TimeEmbedding(config.embedding_dim, d)
+        self.input = nn.Sequential(nn.Linear(config.embedding_dim, d), nn.Tanh(), nn.Linear(d, d))
+        self.globals = nn.Embedding(config.num_global, d) if config.num_global else None
+        self.blocks = nn.ModuleList(
+            Block(
+                d,
+                SelfAttention(d, config.num_heads, Pattern(window, dilation), config.attention_engine),
+                RoutedExperts(d, config.feedforward_dim, config.num_experts, config.top_k)
+                if config.num_experts
+                else DenseFeedForward(d, config.feedforward_dim),
+                post_norm=config.post_norm,
+            )
+            for window, dilation in zip(config.windows, config.dilations, strict=True)
+        )
+        self.norm = nn.RMSNorm(d, eps=1e-5)
+        self.output = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, config.embedding_dim))
+        self._initialise()
+        self.head.weight = self.embedding.weight
+
+    def forward(self, z_blz: Tensor, time_bl: Tensor, documents: Documents) -> Tensor:
+        """Predict the clean embeddings.
+
+        Args:
+            z_blz: Noisy embeddings of target positions, clean ones of source positions.
+            time_bl: Noise level in [0, 1000]; 0 where the embedding is clean.
+            documents: What each row holds.
+
+        Returns:
+            [b, l, z] in fp32.
+        """
+        config = self.config
+        dtype = self.input[0].weight.dtype
+        x_bld = self.input(z_blz.to(dtype)) + self.time(time_bl)
+        layout = Layout.of(documents, config.num_global)
+        g = layout.num_global
+        x_bsd = x_bld
+        if self.globals is not None:
+            global_gd = self.globals(torch.arange(g, device=x_bld.device) % config.num_global)
+            x_bsd = torch.cat([global_gd.expand(len(x_bld), -1, -1), x_bld], dim=1)
+
+        position_bs = nn.functional.pad(documents.position_bl, (g, 0))
+        angles = rotary_angles(position_bs, config.hidden_dim // config.num_heads)
+        for block in self.blocks:
+            x_bsd = block(x_bsd, angles, layout)
+        return self.output(self.norm(x_bsd[:, g:])).float()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Embeddings N(0, 1) as in DiffuSeq; weights 1 / sqrt(fan-in), less where they add to the residual stream."""
+        residual = (2 * self.config.num_layers) ** -0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Experts):
+                nn.init.normal_(module.gate_up_proj, std=module.gate_up_proj.shape[-1] ** -0.5)
+                nn.init.normal_(module.down_proj, std=residual * module.down_proj.shape[-1] ** -0.5)
+        for block in self.blocks:
+            block.attention.output.weight.mul_(residual)
+            if isinstance(block.feedforward, DenseFeedForward):
+                block.feedforward.down.weight.mul_(residual)
+        if self.globals is not None:
+            nn.init.normal_(self.globals.weight, std=0.02)

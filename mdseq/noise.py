@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     ABSORBING = 4
     STARTING = 5
     SAMPLING = 6
+    PREFIX = 7
 
 
 @dataclass(frozen=True)

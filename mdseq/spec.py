@@ -112,6 +112,9 @@ class DataSpec(Section):
     packing: Literal["split", "whole"] = Field(
         "split", description="cut documents at row ends (no padding), or keep each whole (for source-target pairs)"
     )
+    max_prefix: Fraction = Field(
+        0.5, description="half of the texts keep a prefix of up to this share clean, to learn to continue; 0 for none"
+    )
     batch_size: Positive = Field(16, description="rows per optimiser step, over all ranks")
     micro_batch_size: Positive = Field(1, description="rows per forward pass of one rank")
 

@@ -5,16 +5,18 @@ Shapes: b rows, l slots of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mdseq.data.corpus import Corpus
-from mdseq.data.packing import Packing
+from mdseq.data.packing import Piece
 from mdseq.data.tokenizer import SpecialToken
-from mdseq.sparse import Documents
+from mdseq.sparse.documents import NO_DOCUMENT, Documents
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,41 @@ class Batch:
         )
 
 
-def collate(
-    corpus: Corpus, packing: Packing, rows: np.ndarray, row_length: int, step: int, totals: StepTotals
-) -> Batch:
-    """Lay the pieces of `rows` out; each token is copied once, from the mapped file into the batch."""
-    shape = (len(rows), row_length)
+class RowPlan(NamedTuple):
+    """A row before its tokens are read: `source_lengths` says how many leading tokens of each piece stay clean."""
+
+    row: int
+    pieces: tuple[Piece, ...]
+    source_lengths: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(piece.length for piece in self.pieces)
+
+
+def collate(corpus: Corpus, plans: Sequence[RowPlan], row_length: int, step: int, totals: StepTotals) -> Batch:
+    """Lay the planned rows out as tensors; each token is copied once, from the mapped file into the batch."""
+    shape = (len(plans), row_length)
     tokens_bl = np.full(shape, SpecialToken.PAD, dtype=np.int64)
-    document_bl = np.full(shape, -1, dtype=np.int64)
+    document_bl = np.full(shape, NO_DOCUMENT, dtype=np.int64)
     position_bl = np.zeros(shape, dtype=np.int64)
     target_bl = np.zeros(shape, dtype=bool)
-    num_documents = 1
-    for b, row in enumerate(rows.tolist()):
-        pieces = packing.row(row)
-        num_documents = max(num_documents, len(pieces))
+    for b, plan in enumerate(plans):
         begin = 0
-        for document, piece in enumerate(pieces):
-            end = begin + piece.stop - piece.start
+        for document, (piece, source_length) in enumerate(zip(plan.pieces, plan.source_lengths, strict=True)):
+            end = begin + piece.length
             tokens_bl[b, begin:end] = corpus.tokens(*piece)
             document_bl[b, begin:end] = document
-            position_bl[b, begin:end] = np.arange(end - begin)
-            source_left = max(0, int(corpus.target_starts[piece.document]) - piece.start)
-            target_bl[b, min(begin + source_left, end) : end] = True
+            position_bl[b, begin:end] = np.arange(piece.length)
+            target_bl[b, begin + source_length : end] = True
             begin = end
     return Batch(
         tokens_bl=torch.from_numpy(tokens_bl),
         document_bl=torch.from_numpy(document_bl),
         position_bl=torch.from_numpy(position_bl),
         target_bl=torch.from_numpy(target_bl),
-        row_b=torch.from_numpy(rows.astype(np.int64)),
-        num_documents=num_documents,
+        row_b=torch.tensor([plan.row for plan in plans]),
+        num_documents=max(len(plan.pieces) for plan in plans),
         step=step,
         totals=totals,
     )

@@ -6,10 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from mdseq.data.batch import Batch, StepTotals, collate
+from mdseq.data.batch import Batch, RowPlan, StepTotals, collate
 from mdseq.data.corpus import Corpus
 from mdseq.data.order import RowOrder
-from mdseq.data.packing import Packing, target_count
+from mdseq.data.packing import Packing
+from mdseq.data.prefix import CleanPrefix
 
 
 class Loader:
@@ -29,6 +30,7 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         num_ranks: int,
+        prefix: CleanPrefix | None = None,
     ) -> None:
         assert batch_size % (micro_batch_size * num_ranks) == 0
         assert 0 <= rank < num_ranks
@@ -40,6 +42,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.num_ranks = num_ranks
+        self.prefix = prefix
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
@@ -57,19 +60,36 @@ class Loader:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, step: int) -> list[Batch]:
-        rows = self.order.rows(step, self.batch_size)
-        totals = self._totals(rows)
-        shares = rows.reshape(-1, self.num_ranks, self.micro_batch_size)[:, self.rank]
-        return [collate(self.corpus, self.packing, share, self.row_length, step, totals) for share in shares]
-
-    def _totals(self, rows: np.ndarray) -> StepTotals:
-        """Counted from the plan alone, so every rank knows them without reading tokens or communicating."""
-        pieces = [piece for row in rows.tolist() for piece in self.packing.row(row)]
-        target_starts = self.corpus.target_starts[[piece.document for piece in pieces]].tolist()
-        return StepTotals(
-            rows=len(rows),
-            tokens=sum(piece.stop - piece.start for piece in pieces),
-            target_tokens=sum(map(target_count, pieces, target_starts)),
-            documents=len(pieces),
+        plans = self._plan(step)
+        # Counted from the plan alone, so every rank knows them without reading tokens or communicating.
+        totals = StepTotals(
+            rows=len(plans),
+            tokens=sum(plan.num_tokens for plan in plans),
+            target_tokens=sum(plan.num_tokens - sum(plan.source_lengths) for plan in plans),
+            documents=sum(len(plan.pieces) for plan in plans),
             micro_batches=self.batch_size // self.micro_batch_size,
         )
+        group = self.num_ranks * self.micro_batch_size
+        starts = range(self.rank * self.micro_batch_size, self.batch_size, group)
+        shares = [plans[start : start + self.micro_batch_size] for start in starts]
+        return [collate(self.corpus, share, self.row_length, step, totals) for share in shares]
+
+    def _plan(self, step: int) -> list[RowPlan]:
+        """The rows of the global batch: their pieces, and how much of each is source."""
+        rows = self.order.rows(step, self.batch_size)
+        pieces = [self.packing.row(row) for row in rows.tolist()]
+        shares = np.zeros((len(rows), max(map(len, pieces))))
+        if self.prefix is not None:
+            shares = self.prefix.shares(step, rows, shares.shape[1])
+        starts = self.corpus.target_starts
+        return [
+            RowPlan(
+                row,
+                row_pieces,
+                tuple(
+                    min(piece.length, max(int(starts[piece.document]) - piece.start, int(share * piece.length)))
+                    for piece, share in zip(row_pieces, row_shares, strict=False)
+                ),
+            )
+            for row, row_pieces, row_shares in zip(rows.tolist(), pieces, shares.tolist(), strict=True)
+        ]

@@ -22,6 +22,10 @@ class Piece(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
+
 
 class Packing(Protocol):
     """A plan: `num_rows` rows of at most `row_length` tokens; every token of the corpus is in exactly one."""
@@ -30,11 +34,6 @@ class Packing(Protocol):
     padding_fraction: float  # share of all slots that hold no token
 
     def row(self, index: int) -> tuple[Piece, ...]: ...
-
-
-def target_count(piece: Piece, target_start: int) -> int:
-    """Positions of `piece` that are to be denoised, given where its document's target starts."""
-    return max(0, piece.stop - max(piece.start, target_start))
 
 
 class SplitPacking:

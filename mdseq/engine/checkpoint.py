@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,10 @@ class CheckpointManifest:
     zero_stage: int
     dataset_fingerprint: str
     spec: dict[str, Any]
-    file_bytes: dict[str, int]
+    file_bytes: dict[str, int] = field(default_factory=dict)
+
+    def at_step(self, step: int) -> CheckpointManifest:
+        return replace(self, step=step)
 
 
 def save_checkpoint(

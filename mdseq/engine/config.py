@@ -62,6 +62,11 @@ class EngineConfig:
     def zero_stage(self) -> int:
         return self.values["zero_optimization"]["stage"]
 
+    @property
+    def offloads_optimiser(self) -> bool:
+        offload = self.values["zero_optimization"].get("offload_optimizer", {})
+        return offload.get("device", "none") != "none"
+
 
 def load_engine_config(path: Path, spec: RunSpec, num_ranks: int, on_gpu: bool) -> EngineConfig:
     """Read a ds_config and complete it from the spec.

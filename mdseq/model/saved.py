@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,9 @@ class ModelConfig:
     document_kind: str
     row_length: int
     step: int
+
+    def at_step(self, step: int) -> ModelConfig:
+        return replace(self, step=step)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:

@@ -13,6 +13,7 @@ from mdseq.data.corpus import Corpus
 from mdseq.data.loader import Loader
 from mdseq.data.order import RowOrder
 from mdseq.data.packing import SplitPacking, WholePacking
+from mdseq.data.prefix import CleanPrefix
 from mdseq.data.tokenizer import SpecialToken
 
 FIRST_TOKEN = 5
@@ -117,3 +118,27 @@ def test_to_moves_every_tensor(corpus_of: Any) -> None:
     moved = batch.to("meta")
     assert all(getattr(moved, field).device.type == "meta" for field in FIELDS)
     assert (moved.step, moved.totals, moved.num_documents) == (batch.step, batch.totals, batch.num_documents)
+
+
+@given(st.integers(0, 50))
+def test_a_clean_prefix_is_counted_out_and_is_the_same_for_every_layout(corpus_of: Any, step: int) -> None:
+    corpus = corpus_of([40, 25, 60, 33, 50])
+    packing = SplitPacking(corpus, 32)
+    batches = {}
+    for num_ranks in (1, 2):
+        for rank in range(num_ranks):
+            loader = Loader(
+                corpus, packing, RowOrder(packing.num_rows, seed=1), 32, 4, 4 // num_ranks, rank, num_ranks,
+                prefix=CleanPrefix(seed=3, max_share=0.5),
+            )  # fmt: skip
+            batches[num_ranks, rank] = loader.micro_batches(step)[0]
+            loader.close()
+    whole, halves = batches[1, 0], [batches[2, 0], batches[2, 1]]
+    assert torch.equal(whole.target_bl, torch.cat([half.target_bl for half in halves]))
+    assert whole.totals.target_tokens == int(whole.target_bl.sum()) == halves[0].totals.target_tokens
+
+
+def test_a_clean_prefix_leaves_half_of_the_pieces_alone_and_at_most_max_share_of_the_others() -> None:
+    shares = CleanPrefix(seed=0, max_share=0.4).shares(step=1, rows=np.arange(500), num_pieces=4)
+    assert 0.45 < (shares == 0).mean() < 0.55
+    assert 0.39 < shares.max() <= 0.4

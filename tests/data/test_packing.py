@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdseq.data.packing import Packing, Piece, SplitPacking, WholePacking, target_count
+from mdseq.data.packing import Packing, Piece, SplitPacking, WholePacking
 from mdseq.errors import UserError
 
 lengths_of_documents = st.lists(st.integers(2, 12), min_size=1, max_size=30)
@@ -61,10 +61,3 @@ def test_whole_packing_fills_a_row_before_the_next(corpus_of: Any) -> None:
 def test_whole_packing_refuses_documents_that_do_not_fit(corpus_of: Any) -> None:
     with pytest.raises(UserError, match=r"2 of 3 documents .* data.row_length = 8 .*longest has 12"):
         WholePacking(corpus_of([9, 3, 12]), row_length=8, max_documents_per_row=4)
-
-
-@given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 20))
-def test_target_count(start: int, length: int, target_start: int) -> None:
-    stop = start + length
-    expected = np.count_nonzero(np.arange(start, stop) >= target_start)
-    assert target_count(Piece(0, start, stop), target_start) == expected

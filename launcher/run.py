@@ -1,0 +1,86 @@
+"""Train: `deepspeed launcher/run.py --ds_config ds_configs/zero3_experts.json --spec quickstart --data data/code`.
+
+Also runs as one process, `python launcher/run.py ...`. Everything is checked before DeepSpeed is loaded: a mistake gives
+one message and exit status 2, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# As a script, python puts launcher/ on the path; the packages stand beside it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from mdseq.errors import UserError
+from mdseq.spec import ResolvedSpec, load_spec, preset_names
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = _parse(arguments)
+    first_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        resolved = load_spec(options.spec, _overrides(options))
+        _launch(options, resolved, show=first_rank)
+    except UserError as error:
+        if first_rank:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        if first_rank:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launcher/run.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--ds_config", type=Path, required=True, metavar="JSON", help="see ds_configs/README.md")
+    parser.add_argument(
+        "--spec", type=Path, metavar="TOML", help=f"a file, or one of {', '.join(preset_names())}; default: all defaults"
+    )
+    parser.add_argument("--data", metavar="DIR", help="dataset made by `make prep` (the spec's data.path)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default runs/<name of the spec>")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="continue the newest checkpoint of the run folder"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
+    return parser.parse_args(arguments)
+
+
+def _overrides(options: argparse.Namespace) -> list[str]:
+    given = list(options.overrides)
+    return given if options.data is None else [*given, f"data.path={options.data}"]
+
+
+def _launch(options: argparse.Namespace, resolved: ResolvedSpec, show: bool) -> None:
+    import torch
+
+    from mdseq.engine.config import load_engine_config
+
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    engine = load_engine_config(options.ds_config, resolved.spec, num_ranks, torch.cuda.is_available())
+    if options.dry_run:
+        from mdseq.train.dry_run import print_dry_run
+
+        if show:
+            print_dry_run(resolved, engine)
+        return
+
+    from mdseq.train.start import plan_run, train
+
+    name = options.spec.stem if options.spec is not None else "default"
+    output = options.output if options.output is not None else Path("runs") / name
+    train(plan_run(resolved.spec, engine, output, options.resume))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""What a model costs, by arithmetic: parameters and memory, before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mdseq.model.denoiser import DenoiserConfig
+from mdseq.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Weights of a model.
+
+    Attributes:
+        shared: All but the experts'.
+        experts: Of all experts of all layers.
+        active: That one token meets: the shared ones, and top_k experts a layer.
+    """
+
+    shared: int
+    experts: int
+    active: int
+
+    @property
+    def total(self) -> int:
+        return self.shared + self.experts
+
+
+def count_parameters(config: DenoiserConfig, absorbing: bool) -> ParameterCount:
+    """Exact, tied embedding counted once."""
+    z, d, f = config.embedding_dim, config.hidden_dim, config.feedforward_dim
+    embedding = config.vocab_size * z + config.vocab_size  # and the bias of the head
+    time = (z * 4 * z + 4 * z) + (4 * z * d + d)
+    input_output = (z * d + d) + (d * d + d) + (d * d + d) + (d * z + z)
+    shared = embedding + time + input_output + config.num_global * d + d + (z if absorbing else 0)
+    shared += config.num_layers * (4 * d * d + 2 * d)  # attention and two norms
+    swiglu = config.num_layers * 3 * d * f
+    if not config.num_experts:
+        return ParameterCount(shared + swiglu, 0, shared + swiglu)
+    shared += config.num_layers * d * config.num_experts  # routers
+    return ParameterCount(shared, swiglu * config.num_experts, shared + swiglu * config.top_k)
+
+
+def memory_per_rank(
+    config: DenoiserConfig,
+    spec: RunSpec,
+    zero_stage: int,
+    num_ranks: int,
+    expert_parallel_size: int,
+    offloads_optimiser: bool,
+) -> dict[str, float]:
+    """Estimated GiB on the device of one rank, by component.
+
+    State is exact arithmetic. Activations count what the backward pass keeps of each layer for one micro-batch: about
+    16 d per token for attention and norms, 3 f per token and chosen expert, the window's attention weights, and the
+    vocabulary logits twice. Temporary buffers and fragmentation are not in it.
+    """
+    parameters = count_parameters(config, spec.diffusion.absorbing)
+    value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
+    share = 1 / num_ranks
+    # Experts are spread over the ranks that share them; stages 1 to 3 shard what is left over the others.
+    hosted = parameters.shared + parameters.experts / expert_parallel_size
+    sharded = parameters.total * share
+    tokens = spec.data.micro_batch_size * spec.data.row_length
+    d, layers = config.hidden_dim, config.num_layers
+    chosen = config.top_k if config.num_experts else 1
+    window = config.windows[0]
+    keys = spec.data.row_length if window is None else 3 * window
+    per_token_layer = 16 * d + 3 * config.feedforward_dim * chosen + 2 * d * chosen + config.num_heads * keys
+    parts = {
+        "weights": (sharded if zero_stage == 3 else hosted) * value_bytes,
+        "gradients": (sharded if zero_stage >= 2 else hosted) * value_bytes,
+        "optimiser": 0.0 if offloads_optimiser else sharded * (8 + 4),  # two moments and the fp32 weights
+        "average": 0.0 if offloads_optimiser else sharded * 4,
+        "activations": tokens * (layers * per_token_layer * value_bytes + 2 * 4 * config.vocab_size),
+    }
+    return {name: size / 2**30 for name, size in parts.items()}

@@ -1,0 +1,57 @@
+"""What a run would be, without starting it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mdseq.data.format import Manifest
+from mdseq.engine.config import EngineConfig
+from mdseq.model.cost import count_parameters, memory_per_rank
+from mdseq.model.denoiser import DenoiserConfig
+from mdseq.spec import ResolvedSpec
+
+ASSUMED_VOCAB_SIZE = 16_384
+
+
+def print_dry_run(resolved: ResolvedSpec, engine: EngineConfig) -> None:
+    """Print the spec with where each value came from, the engine's configuration, and the run's size."""
+    console = Console(width=None if Console().is_terminal else 110)
+    spec = resolved.spec
+    table = Table("key", "value", "from", title="run spec", title_justify="left")
+    for path, value, origin in resolved.rows():
+        style = None if origin == "default" else "bold"
+        table.add_row(path, value, origin, style=style)
+    console.print(table)
+
+    console.print("\n[bold]engine configuration[/bold]")
+    console.print_json(json.dumps(engine.values))
+
+    if spec.data.path:
+        vocab_size, origin = Manifest.load(Path(spec.data.path)).vocab_size, spec.data.path
+    else:
+        vocab_size, origin = ASSUMED_VOCAB_SIZE, "assumed; give --data for the real one"
+    config = DenoiserConfig.of(spec, vocab_size)
+    parameters = count_parameters(config, spec.diffusion.absorbing)
+    size = Table(title="size", title_justify="left", show_header=False)
+    size.add_row("vocabulary", f"{vocab_size:,} ({origin})")
+    size.add_row("parameters", f"{parameters.total:,}")
+    size.add_row("  active per token", f"{parameters.active:,}")
+    size.add_row("ranks", f"{engine.num_ranks}, experts spread over {engine.expert_parallel_size}")
+    size.add_row("micro-batches per rank and step", f"{engine.micro_batches}")
+    size.add_row("tokens per step", f"{spec.data.batch_size * spec.data.row_length:,}")
+    size.add_row("tokens in all", f"{spec.schedule.steps * spec.data.batch_size * spec.data.row_length:,}")
+    console.print(size)
+
+    memory = memory_per_rank(
+        config, spec, engine.zero_stage, engine.num_ranks, engine.expert_parallel_size, engine.offloads_optimiser
+    )
+    estimate = Table("memory per rank, estimated", "GiB", title_justify="left")
+    for name, gib in memory.items():
+        estimate.add_row(name, f"{gib:.3f}")
+    estimate.add_section()
+    estimate.add_row("sum", f"{sum(memory.values()):.3f}")
+    console.print(estimate)

@@ -1,0 +1,154 @@
+"""What happens around steps: metrics and progress, samples, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mdseq.data.format import Kind
+from mdseq.data.tokenizer import Tokenizer
+from mdseq.engine.checkpoint import CheckpointManifest, remove_old_checkpoints, save_checkpoint
+from mdseq.generate.sampler import SamplerOptions
+from mdseq.generate.text import Prompt, TextGenerator
+from mdseq.model.saved import ModelConfig
+from mdseq.report.metrics import MetricsWriter
+from mdseq.train.loop import Trainer
+from mdseq.train.run_folder import RunFolder
+
+
+class MetricsHook:
+    """Every few steps: sums the statistics over ranks, then rank 0 prints a line and writes the metrics."""
+
+    def __init__(self, writer: MetricsWriter | None, interval_steps: int) -> None:
+        self.writer = writer
+        self.interval_steps = interval_steps
+        self._started: tuple[float, int, int] | None = None
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self._started is None:  # the first step's time is start-up
+            self._started = (time.monotonic(), trainer.tokens, trainer.step)
+            self._since = self._started
+        last = trainer.step == trainer.spec.schedule.steps
+        if trainer.step % self.interval_steps and not last:
+            return
+        statistics = trainer.objective.statistics
+        dist.all_reduce(statistics.tally)
+        means = statistics.take()
+        balance = trainer.objective.balance
+        load = balance.take_load().tolist() if balance is not None else []
+        now = time.monotonic()
+        seconds, tokens = now - self._since[0], trainer.tokens - self._since[1]
+        self._since = (now, trainer.tokens, trainer.step)
+        if self.writer is None:
+            return
+        metrics = {
+            "step": trainer.step,
+            **means,
+            "tokens": trainer.tokens,
+            "tokens_per_second": tokens / seconds if seconds and tokens else 0.0,
+            "grad_norm": float(trainer.engine.get_global_grad_norm()),
+            "learning_rate": trainer.learning_rate,
+            "expert_load": load,
+        }
+        self.writer.write(metrics)
+        self._print(trainer, metrics, now)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def _print(self, trainer: Trainer, metrics: dict[str, Any], now: float) -> None:
+        assert self._started is not None
+        steps = trainer.spec.schedule.steps
+        taken = trainer.step - self._started[2]
+        left = (steps - trainer.step) * (now - self._started[0]) / taken if taken else 0.0
+        load = max((max(share) * len(share) for share in metrics["expert_load"]), default=0.0)
+        print(
+            f"step {trainer.step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
+            f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
+            + (f"busiest expert {load:.2f}x  " if load else "")
+            + f"{metrics['tokens_per_second']:,.0f} tokens/s  left {_duration(left)}",
+            flush=True,
+        )
+
+
+class CheckpointHook:
+    """Saves every few steps and at the end; keeps the newest."""
+
+    def __init__(self, run: RunFolder, manifest: CheckpointManifest, model: ModelConfig, tokenizer: Path) -> None:
+        self.run = run
+        self.manifest = manifest
+        self.model = model
+        self.tokenizer = tokenizer
+
+    def after_step(self, trainer: Trainer) -> None:
+        checkpoint = trainer.spec.checkpoint
+        if trainer.step % checkpoint.interval_steps and trainer.step != trainer.spec.schedule.steps:
+            return
+        started = time.monotonic()
+        path = save_checkpoint(
+            self.run.checkpoints,
+            trainer.engine,
+            trainer.average,
+            trainer.state_dict(),
+            self.manifest.at_step(trainer.step),
+            self.model.at_step(trainer.step),
+            self.tokenizer,
+        )
+        if dist.get_rank() == 0:
+            remove_old_checkpoints(self.run.checkpoints, checkpoint.keep_last)
+            print(f"saved {path} in {time.monotonic() - started:.1f} s", flush=True)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class SampleHook:
+    """Every few steps: generates text with the current weights, into samples/ and TensorBoard.
+
+    All ranks generate the same, for experts and shards are spread over them; rank 0 writes. A model of pairs is given
+    sources of the corpus, a model of texts writes from nothing.
+    """
+
+    def __init__(
+        self, run: RunFolder, writer: MetricsWriter | None, tokenizer: Tokenizer, kind: Kind, sources: Sequence[str]
+    ) -> None:
+        self.run = run
+        self.writer = writer
+        self.tokenizer = tokenizer
+        self.kind = kind
+        self.sources = sources
+
+    def after_step(self, trainer: Trainer) -> None:
+        report, steps = trainer.spec.report, trainer.spec.schedule.steps
+        if not report.sample_interval_steps or (trainer.step % report.sample_interval_steps and trainer.step != steps):
+            return
+        objective = trainer.objective
+        objective.eval()
+        with torch.no_grad():
+            generator = TextGenerator(
+                objective.denoiser, objective.absorbing(), objective.schedule, self.tokenizer, self.kind
+            )
+            prompts = [Prompt(source, report.sample_length, i) for i, source in enumerate(self.sources)]
+            texts = generator.generate(
+                prompts, SamplerOptions(num_steps=report.sample_solver_steps, seed=trainer.spec.seed)
+            )
+        objective.train()
+        if self.writer is not None:
+            page = "\n".join(f"--- source: {source!r}\n{text}" for source, text in zip(self.sources, texts, strict=True))
+            (self.run.samples / f"step-{trainer.step:08d}.txt").write_text(page + "\n", encoding="utf-8")
+            self.writer.write_text("samples", page, trainer.step)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

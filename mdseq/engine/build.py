@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,8 @@ def start_processes() -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    # DeepSpeed calls collectives by names that newer versions of torch are renaming.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

@@ -184,6 +184,15 @@ class RunSpec(Section):
     checkpoint: CheckpointSpec = CheckpointSpec()
     report: ReportSpec = ReportSpec()
 
+    @model_validator(mode="after")
+    def _sample_steps_exist(self) -> Self:
+        if self.report.sample_interval_steps and self.report.sample_solver_steps > self.diffusion.num_timesteps:
+            raise ValueError(
+                f"report.sample_solver_steps = {self.report.sample_solver_steps} must be at most "
+                f"diffusion.num_timesteps = {self.diffusion.num_timesteps}; lower it, or set sample_interval_steps = 0"
+            )
+        return self
+
     def to_toml(self) -> str:
         """The whole spec, defaults included, as TOML that `load_spec` reads back."""
         return tomli_w.dumps(self.model_dump(mode="json"))

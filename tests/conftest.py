@@ -1,0 +1,40 @@
+"""Datasets of made-up text that any test can train on."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data_prep.run import BuildOptions, build
+
+WORDS = "the river runs past an old mill where seven grey cats watch silver fish and dream of snow".split()
+
+
+def _sentence(rng: random.Random, num_words: int) -> str:
+    return " ".join(rng.choices(WORDS, k=num_words)).capitalize() + ".\n"
+
+
+@pytest.fixture(scope="session")
+def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty texts of 20 to 400 words."""
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    texts = ["".join(_sentence(rng, 10) for _ in range(rng.randint(2, 40))) for _ in range(40)]
+    (folder / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    build(BuildOptions(data=folder / "in.jsonl", out=folder / "data", vocab=600, workers=1))
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def pair_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred pairs: a sentence and its words in upper case."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = random.Random(1)
+    sources = [_sentence(rng, rng.randint(2, 6)) for _ in range(200)]
+    records = [json.dumps({"src": source, "trg": source.upper()}) for source in sources]
+    (folder / "in.jsonl").write_text("\n".join(records))
+    build(BuildOptions(data=folder / "in.jsonl", out=folder / "data", vocab=600, workers=1))
+    return folder / "data"

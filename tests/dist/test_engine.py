@@ -1,0 +1,167 @@
+"""What DeepSpeed hosts computes what plain PyTorch computes."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tests.dist.ranks import run_ranks
+
+from mdseq.data.batch import Batch, StepTotals
+from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.engine.config import load_engine_config
+from mdseq.engine.ema import WeightAverage
+from mdseq.engine.weights import gathered_weights, master_partitions
+from mdseq.spec import RunSpec, load_spec
+
+DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
+VOCAB, ROWS, LENGTH = 50, 4, 24
+
+
+def tiny_spec() -> RunSpec:
+    return load_spec(
+        None,
+        [
+            "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
+            "attention.window=4", "attention.num_global=1", "experts.num_experts=4", "experts.feedforward_dim=8",
+            "diffusion.num_timesteps=8", "data.row_length=24", "data.batch_size=4", "data.micro_batch_size=2",
+            # A large epsilon: Adam would blow rounding errors in gradients near zero up to full steps.
+            "optimiser.learning_rate=1e-2", "optimiser.epsilon=1e-3", "optimiser.gradient_clipping=0.5",
+            "report.sample_interval_steps=0",
+        ],
+    ).spec  # fmt: skip
+
+
+def rows(first: int, count: int, step: int, micro_batches: int) -> Batch:
+    """Rows first..first+count of the step's global batch."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(5, VOCAB, (ROWS, LENGTH), generator=generator)[first : first + count]
+    target = torch.arange(LENGTH).expand(count, LENGTH) >= 6
+    return Batch(
+        tokens_bl=tokens,
+        document_bl=torch.zeros_like(tokens),
+        position_bl=torch.arange(LENGTH).expand_as(tokens),
+        target_bl=target,
+        row_b=torch.arange(first, first + count),
+        num_documents=1,
+        step=step,
+        totals=StepTotals(ROWS, ROWS * LENGTH, ROWS * (LENGTH - 6), ROWS, micro_batches),
+    )
+
+
+def build(ds_config: str, num_ranks: int):
+    from mdseq.engine.build import build_engine, start_processes
+
+    start_processes()
+    spec = tiny_spec()
+    torch.manual_seed(0)
+    objective = DiffusionObjective(spec, VOCAB)
+    plain = copy.deepcopy(objective)
+    config = load_engine_config(DS_CONFIGS / f"{ds_config}.json", spec, num_ranks, on_gpu=False)
+    return build_engine(objective, config), plain
+
+
+def train_and_gather(ds_config: str, num_ranks: int) -> dict:
+    """Five steps, then the whole weights and their average, with the number of master elements of this rank."""
+    import torch.distributed as dist
+
+    engine, _ = build(ds_config, num_ranks)
+    average = WeightAverage(engine, decay=0.6)
+    for step in range(5):
+        rank, share = dist.get_rank(), ROWS // num_ranks
+        for first in range(rank * share, (rank + 1) * share, 2):
+            engine.backward(engine(rows(first, 2, step, micro_batches=2)))
+            engine.step()
+        average.update(step)
+    weights = {name: weight.clone() for name, weight in gathered_weights(engine)}
+    with average.in_place_of_weights():
+        averaged = {name: weight.clone() for name, weight in gathered_weights(engine)}
+    again = {name: weight.clone() for name, weight in gathered_weights(engine)}
+    return {
+        "weights": weights,
+        "average": averaged,
+        "restored": all(torch.equal(weights[name], again[name]) for name in weights),
+        "num_masters": sum(part.numel() for part in master_partitions(engine)),
+        "grad_norm": float(engine.get_global_grad_norm()),
+    }
+
+
+def train_plainly() -> tuple[dict, dict, float]:
+    """The oracle: one process, torch's AdamW, a copy of the weights averaged after each step."""
+    spec = tiny_spec()
+    torch.manual_seed(0)
+    objective = DiffusionObjective(spec, VOCAB)
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    average = {name: weight.detach().clone() for name, weight in objective.named_parameters()}
+    for step in range(5):
+        optimiser.zero_grad()
+        objective(rows(0, ROWS, step, micro_batches=1)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), 0.5)
+        optimiser.step()
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, weight in objective.named_parameters():
+            average[name].lerp_(weight.detach(), 1 - decay)
+    return {name: weight.detach() for name, weight in objective.named_parameters()}, average, float(norm)
+
+
+@pytest.mark.parametrize("ds_config", ["cpu", "zero2", "zero3", "zero3_experts", "zero3_offload"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_weights_their_average_and_the_gradient_norm_equal_plain_pytorch(ds_config, num_ranks):
+    weights, average, norm = train_plainly()
+    results = run_ranks(num_ranks, train_and_gather, ds_config, num_ranks)
+    for result in results:
+        assert result["weights"].keys() == weights.keys()
+        for name in weights:
+            torch.testing.assert_close(result["weights"][name], weights[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(result["average"][name], average[name], rtol=1e-4, atol=1e-5)
+        assert result["restored"]
+        assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    # No rank holds more than its share: all ranks together hold each weight once, but for padding.
+    held = sum(result["num_masters"] for result in results)
+    total = sum(weight.numel() for weight in weights.values())
+    assert total <= held <= total + 64
+
+
+def compare_expert_layers(num_ranks: int) -> tuple[str, list[tuple[str, float]]]:
+    """AutoEP's layer beside ours: output and gradients for the same input on every rank."""
+    engine, plain = build("zero3_experts", num_ranks)
+    ours, adopted = plain.denoiser.blocks[0].feedforward, engine.module.denoiser.blocks[0].feedforward
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(2, 3, 33, 16, generator=generator)
+    outputs, gradients = [], []
+    for layer in (ours, adopted):
+        z = x.clone().requires_grad_()
+        layer.zero_grad()
+        out = layer(z)
+        outputs.append(out.detach())
+        gradients.append(torch.autograd.grad(out, z, upstream)[0])
+    differences = [
+        ("output", float((outputs[0] - outputs[1]).abs().max())),
+        ("gradient of the input", float((gradients[0] - gradients[1]).abs().max())),
+    ]
+    out = ours(x)
+    expected = torch.autograd.grad(out, list(ours.parameters()), upstream)
+    local = list(adopted.experts.parameters()) + [adopted.router.gate.weight]
+    found = torch.autograd.grad(adopted(x), local, upstream)
+    w1, w2, w3, gate = found
+    first = adopted.ep_rank * adopted.num_local_experts
+    mine = slice(first, first + adopted.num_local_experts)
+    expected_gate, expected_gate_up, expected_down = expected
+    # Each rank sends the same tokens, so an expert sees them once from every rank that shares it.
+    for name, ours_, theirs in (
+        ("gradient of gate and up", expected_gate_up[mine] * adopted.ep_size, torch.cat([w1, w3], dim=1)),
+        ("gradient of down", expected_down[mine] * adopted.ep_size, w2),
+        ("gradient of the router", expected_gate, gate),
+    ):
+        differences.append((name, float((ours_ - theirs).abs().max())))
+    return type(adopted).__name__, differences
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_our_experts_equal_the_layer_that_deepspeed_puts_in_their_place(num_ranks, tmp_path):
+    for name, differences in run_ranks(num_ranks, compare_expert_layers, num_ranks):
+        assert name == "AutoEPMoELayer"
+        for what, difference in differences:
+            assert difference < 1e-5, f"{what}: {difference}"

@@ -1,6 +1,12 @@
-"""A task with a known answer: the target is the source, word by word through a fixed dictionary."""
+"""A task with a known answer: the target is the source, word by word through one of two dictionaries.
+
+Both translations of a source are right, a mixture of them is not. So a model must read the source, and its sampler must
+carry what it has settled on from step to step: the mean of the two, which a single step would give, is no answer.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,33 +54,33 @@ def batch_of(step: int, rows: int) -> Batch:
     )
 
 
-def train(spec: RunSpec, steps: int, rows: int = 64, m_scale: float = 1.0) -> DiffusionObjective:
-    """Train in plain PyTorch; `m_scale` moves the initial absorbing state away from zero."""
+def train(spec: RunSpec, steps: int, m_norm: float, rows: int = 64) -> DiffusionObjective:
+    """Train in plain PyTorch, from an absorbing state of the given length."""
     torch.manual_seed(spec.seed)
     objective = DiffusionObjective(spec, VOCAB)
     with torch.no_grad():
-        objective.absorbing.m.mul_(m_scale)
-    optimiser = torch.optim.AdamW(objective.parameters(), lr=spec.optimiser.learning_rate, weight_decay=0.0)
+        objective.absorbing.m.mul_(m_norm / objective.absorbing.m.norm())
+    peak = spec.optimiser.learning_rate
+    optimiser = torch.optim.AdamW(objective.parameters(), lr=peak, weight_decay=0.0)
     for step in range(steps):
         for group in optimiser.param_groups:
-            group["lr"] = spec.optimiser.learning_rate * min(1.0, (steps - step) / (0.3 * steps), (step + 1) / 20)
+            group["lr"] = peak * min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps))
         loss = objective(batch_of(step, rows))
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimiser.step()
         objective.timesteps.end_step()
-        if objective.balance is not None:
-            objective.balance.end_step()
-        if step % 50 == 49:
-            print(step, {k: round(v, 3) for k, v in objective.statistics.take().items()})
-    return objective
+        objective.balance.end_step()
+    return objective.eval()
 
 
-def accuracy(objective: DiffusionObjective, steps: int = 20, rows: int = 64, **changes) -> float:
-    """Share of exact target tokens on held-out sources; `changes` replace arguments of the sampler."""
-    batch = batch_of(10**6, rows)
-    objective.eval()
+def accuracy(objective: DiffusionObjective, num_steps: int = 20, **changes: Any) -> float:
+    """Share of exact tokens on held-out sources, by the better of the two dictionaries for each.
+
+    `changes` replace arguments of the sampler.
+    """
+    batch = batch_of(step=10**6, rows=256)
     arguments = {
         "m_z": objective.absorbing().detach(),
         "schedule": objective.schedule,
@@ -82,9 +88,8 @@ def accuracy(objective: DiffusionObjective, steps: int = 20, rows: int = 64, **c
         "target_bl": batch.target_bl,
         "documents": batch.documents,
         "sample_b": batch.row_b,
-        "options": SamplerOptions(num_steps=steps),
+        "options": SamplerOptions(num_steps),
     }
     generated = sample(objective.denoiser, **(arguments | changes))
-    objective.train()
     answer = dictionaries()[:, batch.tokens_bl[:, 1 : LENGTH + 1] - FIRST]
     return (generated[:, LENGTH + 2 : -1] == answer).float().mean(dim=-1).amax(dim=0).mean().item()

@@ -1,0 +1,134 @@
+"""What a finished run leaves behind, and what refuses to continue it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.dist.ranks import run_ranks, train
+from tests.dist.test_training import DS_CONFIGS, TINY
+
+from launcher.run import main as launch
+from mdseq.cli import main as mdseq
+from mdseq.engine.checkpoint import remove_old_checkpoints, whole_checkpoints
+
+SHORT = [*TINY, "schedule.steps=4", "checkpoint.interval_steps=2", "data.micro_batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(text_dataset, tmp_path_factory) -> Path:
+    """A run of four steps with checkpoints at two and four; tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    arguments = ["--ds_config", DS_CONFIGS / "cpu.json", "--data", text_dataset, "--output", folder]
+    assert run_ranks(1, train, *arguments, *SHORT) == [0]
+    return folder
+
+
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def steps(run: Path) -> list[int]:
+    return [manifest.step for _, manifest in whole_checkpoints(run / "checkpoints")]
+
+
+def test_a_run_folder_describes_the_run(finished):
+    assert json.loads((finished / "engine.json").read_text())["zero_optimization"] == {"stage": 1}
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"].keys() >= {"torch", "deepspeed", "mdseq"}
+    assert "steps = 4" in (finished / "spec.toml").read_text()
+    assert steps(finished) == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "no manifest"])
+def test_a_torn_checkpoint_is_passed_over_for_the_next_older_whole_one(copied, damage):
+    newest = copied / "checkpoints" / "step-00000004"
+    file = newest / ("manifest.json" if damage == "no manifest" else "trainer.pt")
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    assert steps(copied) == [2]
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(copied):
+    checkpoints = copied / "checkpoints"
+    shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-00000006.partial")
+    assert steps(copied) == [2, 4]
+    remove_old_checkpoints(checkpoints, keep_last=1)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["model.num_heads=4"], "model.num_heads: 2 in the checkpoint, 4 now"),
+        (["seed=5"], "seed: 0 in the checkpoint, 5 now"),
+        (["--resume", "never"], "already holds a run with 2 checkpoints"),
+        (["--ds_config", str(DS_CONFIGS / "zero2.json")], "ZeRO stage: 1 in the checkpoint, 2 now"),
+    ],
+)
+def test_another_run_does_not_continue_this_one(copied, text_dataset, capsys, changes, expected):
+    arguments = ["--ds_config", str(DS_CONFIGS / "cpu.json"), "--data", str(text_dataset), "--output", str(copied)]
+    before = sorted(copied.rglob("*"))
+    assert launch([*arguments, *SHORT, *changes]) == 2
+    assert expected in capsys.readouterr().err
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_another_dataset_does_not_continue_this_run(copied, pair_dataset, capsys):
+    arguments = ["--ds_config", str(DS_CONFIGS / "cpu.json"), "--data", str(pair_dataset), "--output", str(copied)]
+    assert launch([*arguments, *SHORT, "data.packing=whole"]) == 2
+    assert "dataset: " in capsys.readouterr().err
+
+
+class TestGenerate:
+    def test_text_to_standard_output(self, finished, capsys):
+        arguments = ["generate", str(finished), "--source", "The river", "--length", "8", "--steps", "2"]
+        assert mdseq(arguments) == 0
+        first = capsys.readouterr().out
+        assert mdseq(arguments) == 0
+        assert capsys.readouterr().out == first, "the same seed gives the same text"
+        assert mdseq([*arguments, "--seed", "1"]) == 0
+        assert capsys.readouterr().out != first
+
+    def test_jsonl_in_and_out_whatever_the_batch_size(self, finished, tmp_path):
+        given = [{"src": text, "id": i} for i, text in enumerate(["", "The old mill", "Silver fish dream"])]
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)))
+        outputs = []
+        for batch_size in ("1", "4"):
+            output = tmp_path / f"{batch_size}.jsonl"
+            status = mdseq(
+                ["generate", str(finished), "--input", str(tmp_path / "in.jsonl"), "--output", str(output), "--num", "2",
+                 "--length", "8", "--steps", "3", "--batch_size", batch_size]
+            )  # fmt: skip
+            assert status == 0
+            outputs.append([json.loads(line) for line in output.read_text().splitlines()])
+        assert outputs[0] == outputs[1]
+        assert [record["id"] for record in outputs[0]] == [0, 0, 1, 1, 2, 2]
+        assert outputs[0][0]["generated"] != outputs[0][1]["generated"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["generate", "nowhere"], "no run folder at nowhere"),
+            (["generate", "RUN", "--steps", "5"], "trained with 4 timesteps"),
+            (["generate", "RUN", "--input", "nowhere.jsonl"], "cannot read --input"),
+            (["generate", "RUN", "--steps", "2", "--output", "RUN/spec.toml"], "never overwritten"),
+            (["report", "nowhere"], "has no metrics"),
+        ],
+    )
+    def test_mistakes(self, finished, capsys, arguments, expected):
+        assert mdseq([argument.replace("RUN", str(finished)) for argument in arguments]) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert expected in message
+
+
+def test_report_draws_the_run(copied, capsys):
+    assert mdseq(["report", str(copied)]) == 0
+    assert "at step 1," in capsys.readouterr().out
+    assert (copied / "report.png").stat().st_size > 10_000

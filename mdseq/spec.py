@@ -75,8 +75,8 @@ class ExpertsSpec(Section):
     num_experts: Annotated[int, Field(ge=0)] = Field(8, description="experts per block; 0 for a dense feed-forward")
     top_k: Positive = Field(2, description="experts that a token is sent to")
     feedforward_dim: Positive = Field(1024, description="inner width of one expert's SwiGLU")
-    balance_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of the load-balance loss")
-    z_weight: Annotated[float, Field(ge=0)] = Field(0.001, description="weight of the router z-loss")
+    balance_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of each layer's load-balance loss")
+    z_weight: Annotated[float, Field(ge=0)] = Field(0.001, description="weight of each layer's router z-loss")
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

@@ -113,8 +113,9 @@ class DiffusionObjective(nn.Module):
             balance, router_z = self.balance.losses(router_logits, layout.real_bs.flatten())
             parts["balance"] = balance * batch.totals.micro_batches / slots
             parts["router_z"] = router_z * batch.totals.micro_batches / slots
-            loss = loss + self.spec.experts.balance_weight * parts["balance"]
-            loss = loss + self.spec.experts.z_weight * parts["router_z"]
+            # Reported as the mean over layers, added for each of them, as published.
+            experts, layers = self.spec.experts, self.config.num_layers
+            loss = loss + layers * (experts.balance_weight * parts["balance"] + experts.z_weight * parts["router_z"])
 
         self.statistics.add(loss, parts)
         return loss

@@ -111,7 +111,7 @@ class Denoiser(nn.Module):
             [b, l, z] in fp32.
         """
         config = self.config
-        dtype = self.input[0].weight.dtype
+        dtype = self.head.weight.dtype
         x_bld = self.input(z_blz.to(dtype)) + self.time(time_bl)
         layout = Layout.of(documents, config.num_global)
         g = layout.num_global
@@ -139,6 +139,7 @@ class Denoiser(nn.Module):
                 nn.init.normal_(module.gate_up_proj, std=module.gate_up_proj.shape[-1] ** -0.5)
                 nn.init.normal_(module.down_proj, std=residual * module.down_proj.shape[-1] ** -0.5)
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.attention.output.weight.mul_(residual)
             if isinstance(block.feedforward, DenseFeedForward):
                 block.feedforward.down.weight.mul_(residual)

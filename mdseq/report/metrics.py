@@ -2,7 +2,7 @@
 
 `metrics.jsonl` keys: step, loss, denoising, rounding, balance, router_z, noise_level_0 .. noise_level_9 (mean loss of
 the documents whose t fell into that tenth of [0, T); absent where none did), tokens (real ones since the start),
-tokens_per_second, grad_norm, learning_rate, and expert_load (a list a layer of each expert's share of assignments;
+tokens_per_second, grad_norm, learning_rate, peak_memory_gib (of rank 0 so far), and expert_load (a list a layer of each expert's share of assignments;
 empty without experts).
 """
 

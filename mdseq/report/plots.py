@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 
 def plot_run(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -33,16 +34,16 @@ def plot_run(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _plot_loss(axis: plt.Axes, metrics: list[dict[str, Any]]) -> None:
+def _plot_loss(axis: Axes, metrics: list[dict[str, Any]]) -> None:
     steps = [line["step"] for line in metrics]
     for name, style in (("loss", "-"), ("denoising", "--"), ("rounding", ":")):
         axis.plot(steps, [line[name] for line in metrics], style, label=name, linewidth=1.5)
-    axis.set(xlabel="step", ylabel="per target token", title="loss", yscale="symlog", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="per target token", title="loss", ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)
 
 
-def _plot_noise_levels(axis: plt.Axes, metrics: list[dict[str, Any]]) -> None:
+def _plot_noise_levels(axis: Axes, metrics: list[dict[str, Any]]) -> None:
     """The mean loss at each noise level over the first and the last tenth of the run."""
     tenth = max(1, len(metrics) // 10)
     for part, label in ((metrics[:tenth], "first tenth of the run"), (metrics[-tenth:], "last tenth")):
@@ -54,14 +55,15 @@ def _plot_noise_levels(axis: plt.Axes, metrics: list[dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
 
 
-def _plot_expert_load(axis: plt.Axes, metrics: list[dict[str, Any]]) -> None:
+def _plot_expert_load(axis: Axes, metrics: list[dict[str, Any]]) -> None:
     """Each expert's share of its layer's assignments over the last tenth, relative to an even share."""
     tenth = max(1, len(metrics) // 10)
     load_je = np.mean([line["expert_load"] for line in metrics[-tenth:]], axis=0)
     relative_je = load_je * load_je.shape[1]
     image = axis.imshow(relative_je, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto")
     for (layer, expert), value in np.ndenumerate(relative_je):
-        axis.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8)
+        color = "white" if abs(value - 1) > 0.6 else "black"
+        axis.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
     axis.set(xlabel="expert", ylabel="layer", title="expert load, 1 = even share")
     axis.set_xticks(range(relative_je.shape[1]))
     axis.set_yticks(range(relative_je.shape[0]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ class MetricsHook:
             "tokens_per_second": tokens / seconds if seconds and tokens else 0.0,
             "grad_norm": float(trainer.engine.get_global_grad_norm()),
             "learning_rate": trainer.learning_rate,
+            "peak_memory_gib": _peak_memory_bytes(trainer.device) / 2**30,
             "expert_load": load,
         }
         self.writer.write(metrics)
@@ -72,7 +74,7 @@ class MetricsHook:
             f"step {trainer.step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
             + (f"busiest expert {load:.2f}x  " if load else "")
-            + f"{metrics['tokens_per_second']:,.0f} tokens/s  left {_duration(left)}",
+            + f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['peak_memory_gib']:.1f} GiB  left {_duration(left)}",
             flush=True,
         )
 
@@ -146,6 +148,13 @@ class SampleHook:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most that this rank has held so far: on its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _duration(seconds: float) -> str:

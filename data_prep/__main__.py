@@ -45,9 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_build)
     command.add_argument("data", type=Path, metavar="DATA", help="a file, or a folder to read in full")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="dataset to create")
-    command.add_argument(
-        "--vocab", type=int, default=BuildOptions.vocab, metavar="N", help="vocabulary to train"
-    )
+    command.add_argument("--vocab", type=int, default=BuildOptions.vocab, metavar="N", help="vocabulary to train")
     command.add_argument("--tokenizer", type=Path, metavar="MODEL", help="take this model, train none")
     command.add_argument("--format", choices=FORMATS, default=BuildOptions.format)
     command.add_argument("--text_key", default=BuildOptions.text_key, help="JSONL field that holds the text")
@@ -59,9 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="skip matching names or paths; repeatable",
     )
     command.add_argument("--valid_fraction", type=float, default=BuildOptions.valid_fraction, metavar="F")
-    command.add_argument(
-        "--max_rejected_fraction", type=float, default=BuildOptions.max_rejected_fraction, metavar="F"
-    )
+    command.add_argument("--max_rejected_fraction", type=float, default=BuildOptions.max_rejected_fraction, metavar="F")
     command.add_argument("--max_shard_tokens", type=int, default=BuildOptions.max_shard_tokens, metavar="N")
     command.add_argument("--workers", type=int, default=BuildOptions.workers, metavar="N", help="processes")
 
@@ -88,12 +84,8 @@ def _build(options: argparse.Namespace) -> None:
     manifest = build(build_options)
     seconds = time.monotonic() - started
     text_bytes = sum(entry.text_bytes for entry in manifest.splits.values())
-    table = _table(
-        f"{build_options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest
-    )
-    table.caption = (
-        f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; fingerprint {manifest.fingerprint[:16]}"
-    )
+    table = _table(f"{build_options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
+    table.caption = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; fingerprint {manifest.fingerprint[:16]}"
     Console().print(table)
     if manifest.rejected:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejected.items())

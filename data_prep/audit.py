@@ -22,9 +22,7 @@ def verify(data_dir: Path) -> int:
     manifest = Manifest.load(data_dir)
     tokenizer = Tokenizer.load(data_dir / TOKENIZER_FILE)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(
-            f"{data_dir / TOKENIZER_FILE} is not the tokenizer of the manifest; build the dataset again"
-        )
+        raise UserError(f"{data_dir / TOKENIZER_FILE} is not the tokenizer of the manifest; build the dataset again")
     num_documents = 0
     for split in splits_in_use(manifest):
         corpus = Corpus.open(data_dir, split, verify=True)
@@ -35,9 +33,7 @@ def verify(data_dir: Path) -> int:
         step = -(-corpus.num_documents // ROUND_TRIP_DOCUMENTS)
         for document in range(0, corpus.num_documents, step):
             if document_id(*_decoded(corpus, document, tokenizer)) != corpus.document_id(document):
-                raise _fault(
-                    data_dir, split, document, "its text is not the text that was hashed at the build"
-                )
+                raise _fault(data_dir, split, document, "its text is not the text that was hashed at the build")
     return num_documents
 
 
@@ -45,9 +41,7 @@ def show(data_dir: Path, split: Split, document: int) -> str:
     """One document as text, with its boundaries visible."""
     corpus = Corpus.open(data_dir, split)
     if not 0 <= document < corpus.num_documents:
-        raise UserError(
-            f"{data_dir} has no {split} document {document}; allowed: 0 to {corpus.num_documents - 1}"
-        )
+        raise UserError(f"{data_dir} has no {split} document {document}; allowed: 0 to {corpus.num_documents - 1}")
     tokenizer = Tokenizer.load(data_dir / TOKENIZER_FILE)
     text, target = _decoded(corpus, document, tokenizer)
     header = (

@@ -107,9 +107,7 @@ def _require_same_kind(first: Document, record: Document) -> None:
         )
 
 
-def _require_few(
-    rejections: Counter[str], num_documents: int, limit: float, examples: list[Rejection]
-) -> None:
+def _require_few(rejections: Counter[str], num_documents: int, limit: float, examples: list[Rejection]) -> None:
     num_rejected = rejections.total()
     if num_rejected > limit * (num_documents + num_rejected):
         raise UserError(
@@ -119,10 +117,6 @@ def _require_few(
 
 
 def _describe(rejections: Counter[str], examples: list[Rejection]) -> str:
-    counts = (
-        ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejections.items())) or "nothing in them"
-    )
-    lines = [
-        f"\n  {example.source}:{example.line}: {example.reason}: {example.excerpt}" for example in examples
-    ]
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in sorted(rejections.items())) or "nothing in them"
+    lines = [f"\n  {example.source}:{example.line}: {example.reason}: {example.excerpt}" for example in examples]
     return counts + "".join(lines)

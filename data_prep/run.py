@@ -151,19 +151,13 @@ def _check(options: BuildOptions) -> None:
     if options.workers < 1:
         raise UserError(f"WORKERS={options.workers} is not allowed; give 1 or more")
     if options.vocab < 512:
-        raise UserError(
-            f"VOCAB={options.vocab} is too small: 256 bytes and an alphabet must fit; give 512 or more"
-        )
+        raise UserError(f"VOCAB={options.vocab} is too small: 256 bytes and an alphabet must fit; give 512 or more")
     if not 0 <= options.valid_fraction < 1:
         raise UserError(f"--valid_fraction={options.valid_fraction} is not allowed; give 0 or more, below 1")
     if not 0 <= options.max_rejected_fraction <= 1:
-        raise UserError(
-            f"--max_rejected_fraction={options.max_rejected_fraction} is not allowed; give 0 to 1"
-        )
+        raise UserError(f"--max_rejected_fraction={options.max_rejected_fraction} is not allowed; give 0 to 1")
     if options.out.exists():
-        raise UserError(
-            f"OUT {options.out} exists and is never overwritten; remove it, or choose another OUT"
-        )
+        raise UserError(f"OUT {options.out} exists and is never overwritten; remove it, or choose another OUT")
 
 
 @contextmanager

@@ -41,9 +41,7 @@ class SplitWriter:
         shard_tokens = self._pending_tokens + (self._shard.tokens if self._shard else 0)
         if shard_tokens and shard_tokens + num_tokens > self._max_shard_tokens:
             self._close_shard()
-        elif (
-            len(self._pending) == MAX_BATCH_DOCUMENTS or self._pending_tokens + num_tokens > MAX_BATCH_TOKENS
-        ):
+        elif len(self._pending) == MAX_BATCH_DOCUMENTS or self._pending_tokens + num_tokens > MAX_BATCH_TOKENS:
             self._write_batch()
         self._pending.append(document)
         self._pending_tokens += num_tokens
@@ -80,9 +78,7 @@ class SplitWriter:
         indices = pa.array([self._source_index[document.source] for document in documents], type=pa.int32())
         ids = [document.document_id for document in documents]
         columns = [
-            pa.LargeListArray.from_arrays(
-                pa.array(ends), pa.array(values), type=self._schema.field("tokens").type
-            ),
+            pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values), type=self._schema.field("tokens").type),
             pa.array([document.target_start for document in documents], type=pa.int64()),
             pa.array(ids, type=pa.binary(DOCUMENT_ID_BYTES)),
             pa.DictionaryArray.from_arrays(indices, self._source_names),

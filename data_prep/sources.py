@@ -89,25 +89,19 @@ def read_source(source: SourceFile, text_key: str) -> Iterator[Document | Reject
             else:
                 yield _whole_file(source, file.read())
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(
-            f"{source.path} is not a whole gzip file ({error}); fetch it again, or --exclude it"
-        ) from None
+        raise UserError(f"{source.path} is not a whole gzip file ({error}); fetch it again, or --exclude it") from None
 
 
 def _walk(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS
-        ]
+        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
         paths = (Path(folder, name) for name in names if not name.startswith("."))
         yield from (path for path in paths if path.is_file())
 
 
 def _excluded(path: Path, root: Path, exclude: tuple[str, ...]) -> bool:
     relative = path.relative_to(root)
-    return any(
-        fnmatch(name, pattern) for pattern in exclude for name in (relative.as_posix(), *relative.parts)
-    )
+    return any(fnmatch(name, pattern) for pattern in exclude for name in (relative.as_posix(), *relative.parts))
 
 
 def _choose(paths: list[Path], format: str, by_suffix: bool) -> list[tuple[Path, FileFormat]]:

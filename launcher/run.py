@@ -1,7 +1,7 @@
 """Train: `deepspeed launcher/run.py --ds_config ds_configs/zero3_experts.json --spec quickstart --data data/code`.
 
-Also runs as one process, `python launcher/run.py ...`. Everything is checked before DeepSpeed is loaded: a mistake gives
-one message and exit status 2, and nothing is written.
+Also runs as one process, `python launcher/run.py ...`. Everything is checked before DeepSpeed is loaded: a mistake
+gives one message and exit status 2, and nothing is written.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launcher/run.py", description=__doc__.splitlines()[0])
     parser.add_argument("--ds_config", type=Path, required=True, metavar="JSON", help="see ds_configs/README.md")
     parser.add_argument(
-        "--spec", type=Path, metavar="TOML", help=f"a file, or one of {', '.join(preset_names())}; default: all defaults"
+        "--spec",
+        type=Path,
+        metavar="TOML",
+        help=f"a file, or one of {', '.join(preset_names())}; default: all defaults",
     )
     parser.add_argument("--data", metavar="DIR", help="dataset made by `make prep` (the spec's data.path)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default runs/<name of the spec>")

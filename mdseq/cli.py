@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from mdseq.errors import UserError
 
 if TYPE_CHECKING:
-    from mdseq.generate.text import Prompt
     from mdseq.model.saved import SavedModel
 
 DEFAULT_LENGTH = 128
@@ -83,7 +82,9 @@ def _generate(options: argparse.Namespace) -> None:
     from mdseq.generate.sampler import SamplerOptions
     from mdseq.generate.text import Prompt, TextGenerator
 
-    records = _read_records(options.input, options.source_key) if options.input else [{options.source_key: options.source}]
+    records = (
+        _read_records(options.input, options.source_key) if options.input else [{options.source_key: options.source}]
+    )
     prompts = [
         (record, Prompt(record[options.source_key], options.length, sample_id=i * options.num + k))
         for i, record in enumerate(records)
@@ -92,7 +93,7 @@ def _generate(options: argparse.Namespace) -> None:
     saved = _load(options.run, "cuda" if torch.cuda.is_available() else "cpu")
     if options.steps > saved.config.num_timesteps:
         raise UserError(
-            f"--steps {options.steps} is not allowed: the model was trained with {saved.config.num_timesteps} timesteps; "
+            f"--steps {options.steps} is not allowed: the model has {saved.config.num_timesteps} timesteps; "
             f"give 1 to {saved.config.num_timesteps}"
         )
     generator = TextGenerator(

@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.run import BuildOptions, build
 
-WORDS = "the river runs past an old mill where seven grey cats watch silver fish and dream of snow".split()
+WORDS = ("the river runs past an old mill where seven grey cats watch silver fish and dream of snow").split()  # noqa: SIM905
 
 
 def _sentence(rng: random.Random, num_words: int) -> str:

@@ -25,9 +25,7 @@ class Corpus:
     def __init__(self, manifest: Manifest, batches: list[pa.RecordBatch]) -> None:
         self.manifest = manifest
         self._batches = batches
-        self._batch_values = [
-            batch.column("tokens").values.to_numpy(zero_copy_only=True) for batch in batches
-        ]
+        self._batch_values = [batch.column("tokens").values.to_numpy(zero_copy_only=True) for batch in batches]
         self._batch_first_document = np.cumsum([0] + [batch.num_rows for batch in batches])
         lengths = [np.diff(batch.column("tokens").offsets.to_numpy()) for batch in batches]
         self.offsets: np.ndarray = np.concatenate([[0], *lengths], dtype=np.int64).cumsum()
@@ -50,9 +48,7 @@ class Corpus:
                 f"{data_dir} has no documents in its {split!r} split; "
                 "build it again from more documents, or with another --valid_fraction"
             )
-        batches = [
-            batch for shard in entry.shards for batch in _open_shard(data_dir, shard, manifest, verify)
-        ]
+        batches = [batch for shard in entry.shards for batch in _open_shard(data_dir, shard, manifest, verify)]
         return cls(manifest, batches)
 
     def length(self, document: int) -> int:
@@ -98,9 +94,7 @@ def _open_shard(data_dir: Path, shard: ShardEntry, manifest: Manifest, verify: b
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
     except (OSError, pa.ArrowInvalid) as error:
         raise _damaged(path, str(error)) from None
-    if not reader.schema.equals(
-        shard_schema(manifest.dtype, manifest.tokenizer_fingerprint), check_metadata=True
-    ):
+    if not reader.schema.equals(shard_schema(manifest.dtype, manifest.tokenizer_fingerprint), check_metadata=True):
         raise _damaged(path, "its columns or its tokenizer are not those of the manifest")
     _check_layout(path, shard, batches)
     return batches

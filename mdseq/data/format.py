@@ -85,9 +85,7 @@ class Manifest(_Record):
         """Read `data_dir/manifest.json`. Raises UserError: no folder, no manifest, not ours, edited."""
         path = data_dir / MANIFEST_FILE
         if not data_dir.is_dir():
-            raise UserError(
-                f"no dataset folder {data_dir}; build one with: make prep DATA=PATH OUT={data_dir}"
-            )
+            raise UserError(f"no dataset folder {data_dir}; build one with: make prep DATA=PATH OUT={data_dir}")
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -112,9 +110,7 @@ class Manifest(_Record):
             where = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {where}: {first['msg']}; build the dataset again") from None
         if manifest.fingerprint != manifest.content_fingerprint():
-            raise UserError(
-                f"{path} was changed after the build: its fingerprint differs; build the dataset again"
-            )
+            raise UserError(f"{path} was changed after the build: its fingerprint differs; build the dataset again")
         return manifest
 
 
@@ -132,9 +128,7 @@ def shard_schema(dtype: TokenDtype, tokenizer_fingerprint: str) -> pa.Schema:
     """Columns of a shard. 64-bit offsets, because a batch of long documents outgrows 32-bit ones."""
     return pa.schema(
         [
-            pa.field(
-                "tokens", pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False)), False
-            ),
+            pa.field("tokens", pa.large_list(pa.field("item", pa.type_for_alias(dtype), nullable=False)), False),
             pa.field("target_start", pa.int64(), nullable=False),
             pa.field("document_id", pa.binary(DOCUMENT_ID_BYTES), nullable=False),
             pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),

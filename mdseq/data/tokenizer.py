@@ -45,9 +45,7 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self._require_special_ids(origin)
-        self._space_mark_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()
-        ]
+        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         if self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
             raise UserError(
                 f"{origin} does not give back the text that it encodes; it must have byte fallback, identity "

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from mdseq.data.batch import Batch
 from mdseq.diffusion.absorbing import AbsorbingState, corrupt
 from mdseq.diffusion.balance import RouterBalance
-from mdseq.noise import NoiseKey, Purpose
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.experts import captured_router_logits
+from mdseq.noise import NoiseKey, Purpose
 from mdseq.sparse import Layout
 from mdseq.spec import RunSpec
 
@@ -68,8 +68,8 @@ class DiffusionObjective(nn.Module):
 
         # 2. Embed: z_0 = Emb(w) + sigma_0 * noise.
         word_blz = self.denoiser.embedding(batch.tokens_bl).float()
-        first_alpha, first_sigma = self.schedule.alpha_sigma(torch.zeros((), dtype=torch.long))
-        embedding_noise = first_sigma.item() * key.normal(Purpose.EMBEDDING, length, dim)
+        first_sigma = (1.0 - self.schedule.alpha_bar_t[0].item()) ** 0.5
+        embedding_noise = first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
         z_0 = word_blz + embedding_noise * (1.0 if published else noised_bl[..., None])
 
         # 3. Noise the targets: z_t ~ q(z_t | z_0).
@@ -89,8 +89,8 @@ class DiffusionObjective(nn.Module):
         logits_blv = self.denoiser.head(z_0.to(self.denoiser.head.weight.dtype))
         rounding_bl = F.cross_entropy(logits_blv.flatten(0, 1).float(), batch.tokens_bl.flatten(), reduction="none")
         rounding_bl = rounding_bl.view(batch.tokens_bl.shape)
-        last_alpha, _ = self.schedule.alpha_sigma(torch.tensor(diffusion.num_timesteps - 1))
-        prior_bl = (last_alpha.item() * (z_0 - m_z)).square().mean(dim=-1)
+        last_alpha_bar = self.schedule.alpha_bar_t[-1].item()
+        prior_bl = last_alpha_bar * (z_0 - m_z).square().mean(dim=-1)
         token_loss_bl = denoising_bl + rounding_bl + prior_bl
 
         # 6. Average over the global batch.

@@ -7,6 +7,7 @@ u_t = alpha_t u_0 + sigma_t eps. `predict(u, t)` is the denoiser's estimate of u
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -40,16 +41,14 @@ def time_grid(num_timesteps: int, num_steps: int) -> list[int]:
     return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
 
 
-def ddpm(
-    predict: Predict, u: Tensor, schedule: NoiseSchedule, grid: list[int], draw_normal: DrawNormal
-) -> Tensor:
+def ddpm(predict: Predict, u: Tensor, schedule: NoiseSchedule, grid: list[int], draw_normal: DrawNormal) -> Tensor:
     """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 7), between any two timesteps of the grid.
 
     u_s = c_0 u_0 + c_t u_t + sqrt(v) eps: the posterior q(u_s | u_t, u_0) with the predicted u_0.
     """
     alpha_bar = schedule.alpha_bar_t
-    for i, t in enumerate(grid[:-1]):
-        abar_t, abar_s = alpha_bar[t].item(), alpha_bar[grid[i + 1]].item()
+    for i, (t, s) in enumerate(pairwise(grid)):
+        abar_t, abar_s = alpha_bar[t].item(), alpha_bar[s].item()
         ratio = abar_t / abar_s
         c_0 = abar_s**0.5 * (1 - ratio) / (1 - abar_t)
         c_t = ratio**0.5 * (1 - abar_s) / (1 - abar_t)
@@ -72,7 +71,7 @@ def dpm_solver(
     sigma = (1 - schedule.alpha_bar_t).sqrt().tolist()
     log_ratio = (schedule.alpha_bar_t.log() - torch.log1p(-schedule.alpha_bar_t)).div(2).tolist()
     previous: tuple[Tensor, float] | None = None
-    for t, s in zip(grid, grid[1:], strict=False):
+    for t, s in pairwise(grid):
         estimate = predict(u, t)
         h = log_ratio[s] - log_ratio[t]
         if previous is None:

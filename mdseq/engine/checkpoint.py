@@ -113,7 +113,9 @@ def save_checkpoint(
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
-        raise UserError(f"cannot write the checkpoint {final}: {error}; make room or choose another --output") from error
+        raise UserError(
+            f"cannot write the checkpoint {final}: {error}; make room or choose another --output"
+        ) from error
     return final
 
 

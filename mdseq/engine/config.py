@@ -103,9 +103,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _count_micro_batches(spec: RunSpec, num_ranks: int, problems: list[str]) -> int:
     rows = spec.data.micro_batch_size * num_ranks
     if spec.data.batch_size % rows:
+        nearest = rows * max(1, round(spec.data.batch_size / rows))
         problems.append(
             f"data.batch_size = {spec.data.batch_size} must be a multiple of data.micro_batch_size = "
-            f"{spec.data.micro_batch_size} times the number of ranks = {num_ranks}; try {rows * max(1, round(spec.data.batch_size / rows))}"
+            f"{spec.data.micro_batch_size} times the number of ranks = {num_ranks}; the nearest is {nearest}"
         )
     return max(1, spec.data.batch_size // rows)
 
@@ -141,12 +142,12 @@ def _merge(values: dict[str, Any], facts: dict[str, Any], prefix: str, problems:
         found = values.get(key, AUTO)
         if isinstance(fact, dict) and isinstance(found, dict):
             _merge(found, fact, f"{prefix}{key}.", problems)
-        elif found == AUTO or found == fact:
+        elif found in (AUTO, fact):
             values[key] = fact
         else:
             problems.append(
                 f"{prefix}{key} = {json.dumps(found)} contradicts the run spec, which makes it {json.dumps(fact)} "
-                f"({_home(prefix + key)}); write \"auto\" in the ds_config, or change the spec"
+                f'({_home(prefix + key)}); write "auto" in the ds_config, or change the spec'
             )
 
 
@@ -178,9 +179,7 @@ def _check_zero(values: dict[str, Any], problems: list[str]) -> None:
         )
 
 
-def _complete_experts(
-    values: dict[str, Any], spec: RunSpec, num_ranks: int, on_gpu: bool, problems: list[str]
-) -> int:
+def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_gpu: bool, problems: list[str]) -> int:
     """Set AutoEP's keys from the spec; the ds_config only says over how many ranks to spread the experts."""
     section = values.get("expert_parallel")
     if section is None or section.get("enabled", True) is False:
@@ -196,7 +195,7 @@ def _complete_experts(
     elif not isinstance(size, int) or size < 1 or num_ranks % size or num_experts % size:
         problems.append(
             f"expert_parallel.autoep_size = {json.dumps(size)} must divide the number of ranks = {num_ranks} and "
-            f"experts.num_experts = {num_experts}; write \"auto\" for the largest that does"
+            f'experts.num_experts = {num_experts}; write "auto" for the largest that does'
         )
         return 1
     section["autoep_size"] = size

@@ -48,7 +48,7 @@ def _whole(parameter: nn.Parameter) -> Tensor:
     weight = safe_get_full_fp32_param(parameter).detach().float()
     if not _is_expert(parameter):
         return weight
-    group = groups._get_expert_parallel_group(parameter.group_name)
+    group = groups._get_expert_parallel_group(getattr(parameter, "group_name"))  # noqa: B009 (set by AutoEP)
     parts = [torch.empty_like(weight) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, weight.contiguous(), group=group)
     return torch.cat(parts)

@@ -11,9 +11,7 @@ from mdseq.sparse import Layout
 class Block(nn.Module):
     """Pre-norm: x + sublayer(norm(x)). Post-norm (as published): norm(x + sublayer(x))."""
 
-    def __init__(
-        self, hidden_dim: int, attention: SelfAttention, feedforward: nn.Module, *, post_norm: bool
-    ) -> None:
+    def __init__(self, hidden_dim: int, attention: SelfAttention, feedforward: nn.Module, *, post_norm: bool) -> None:
         super().__init__()
         self.post_norm = post_norm
         self.attention = attention

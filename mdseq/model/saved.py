@@ -1,8 +1,8 @@
 """A trained model as a folder: what generation needs, readable without DeepSpeed and without pickle.
 
-    config.json           shape of the denoiser, forward process, kind of documents, training step
-    weights.safetensors   fp32 weights of the denoiser, and the absorbing state
-    tokenizer.model       the SentencePiece vocabulary
+config.json           shape of the denoiser, forward process, kind of documents, training step
+weights.safetensors   fp32 weights of the denoiser, and the absorbing state
+tokenizer.model       the SentencePiece vocabulary
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -32,14 +32,14 @@ class ModelConfig:
     Attributes:
         denoiser: Shape of the network.
         num_timesteps: T of the sqrt schedule.
-        document_kind: "text" or "pair".
+        document_kind: What a source is: the text to continue, or one side of a pair.
         row_length: Tokens of a training row.
         step: Optimiser steps behind the weights.
     """
 
     denoiser: DenoiserConfig
     num_timesteps: int
-    document_kind: str
+    document_kind: Literal["text", "pair"]
     row_length: int
     step: int
 

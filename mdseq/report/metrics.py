@@ -1,9 +1,9 @@
 """The run's metrics as files: one JSON object a logged step, and TensorBoard scalars.
 
-`metrics.jsonl` keys: step, loss, denoising, rounding, balance, router_z, noise_level_0 .. noise_level_9 (mean loss of
-the documents whose t fell into that tenth of [0, T); absent where none did), tokens (real ones since the start),
-tokens_per_second, grad_norm, learning_rate, peak_memory_gib (of rank 0 so far), and expert_load (a list a layer of each expert's share of assignments;
-empty without experts).
+`metrics.jsonl` keys: step; loss, denoising, rounding, balance, router_z (means since the last line); noise_level_0 ..
+noise_level_9 (mean loss of the documents whose t fell into that tenth of [0, T); absent where none did); tokens (real
+ones since the start), tokens_per_second, grad_norm, learning_rate, peak_memory_gib (of rank 0 so far); and expert_load
+(a list a layer of each expert's share of assignments; empty without experts).
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ class MetricsHook:
             f"step {trainer.step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
             + (f"busiest expert {load:.2f}x  " if load else "")
-            + f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['peak_memory_gib']:.1f} GiB  left {_duration(left)}",
+            + f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['peak_memory_gib']:.1f} GiB  "
+            f"left {_duration(left)}",
             flush=True,
         )
 
@@ -142,7 +143,9 @@ class SampleHook:
             )
         objective.train()
         if self.writer is not None:
-            page = "\n".join(f"--- source: {source!r}\n{text}" for source, text in zip(self.sources, texts, strict=True))
+            page = "\n".join(
+                f"--- source: {source!r}\n{text}" for source, text in zip(self.sources, texts, strict=True)
+            )
             (self.run.samples / f"step-{trainer.step:08d}.txt").write_text(page + "\n", encoding="utf-8")
             self.writer.write_text("samples", page, trainer.step)
 

@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 from mdseq.data.loader import Loader
+from mdseq.diffusion.balance import RouterBalance
 from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.engine.ema import WeightAverage
 from mdseq.spec import RunSpec
 from mdseq.train.schedule import learning_rate
@@ -81,7 +83,7 @@ class Trainer:
 
     def _agree_on_tallies(self) -> None:
         """Sum over ranks what the next step's timesteps and router losses depend on, in one collective."""
-        parts = [self.objective.timesteps]
+        parts: list[TimestepSampler | RouterBalance] = [self.objective.timesteps]
         if self.objective.balance is not None:
             parts.append(self.objective.balance)
         summed = torch.cat([part.tally.flatten() for part in parts])

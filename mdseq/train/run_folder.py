@@ -54,7 +54,9 @@ class RunFolder:
             for found in whole_checkpoints(wanted.parent):
                 if found[0] == wanted:
                     return found
-            raise UserError(f"--resume {resume} is not a whole checkpoint; see {self.checkpoints}, or use --resume auto")
+            raise UserError(
+                f"--resume {resume} is not a whole checkpoint; see {self.checkpoints}, or use --resume auto"
+            )
         found_all = whole_checkpoints(self.checkpoints)
         if resume == "auto":
             return found_all[-1] if found_all else None

@@ -75,7 +75,8 @@ def make_packing(corpus: Corpus, spec: RunSpec) -> Packing:
         return WholePacking(corpus, spec.data.row_length, MAX_DOCUMENTS_PER_ROW)
     if corpus.manifest.kind == "pair":
         raise UserError(
-            "data.packing = split would cut sources from their targets; this dataset holds pairs: set data.packing=whole"
+            "data.packing = split would cut sources from their targets, and this dataset holds pairs: "
+            "set data.packing=whole"
         )
     return SplitPacking(corpus, spec.data.row_length)
 

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdseq.data.packing import Packing, Piece, SplitPacking, WholePacking
+from mdseq.data.packing import Packing, SplitPacking, WholePacking
 from mdseq.errors import UserError
 
 lengths_of_documents = st.lists(st.integers(2, 12), min_size=1, max_size=30)

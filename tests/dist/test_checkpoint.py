@@ -115,7 +115,7 @@ class TestGenerate:
         ("arguments", "expected"),
         [
             (["generate", "nowhere"], "no run folder at nowhere"),
-            (["generate", "RUN", "--steps", "5"], "trained with 4 timesteps"),
+            (["generate", "RUN", "--steps", "5"], "the model has 4 timesteps"),
             (["generate", "RUN", "--input", "nowhere.jsonl"], "cannot read --input"),
             (["generate", "RUN", "--steps", "2", "--output", "RUN/spec.toml"], "never overwritten"),
             (["report", "nowhere"], "has no metrics"),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.e2e.dictionary_task import accuracy, batch_of, train
 
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.generate import sampler
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.spec import load_spec
+from tests.e2e.dictionary_task import accuracy, batch_of, train
 
 BAR = 0.95
 

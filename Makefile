@@ -25,7 +25,7 @@ FORMAT ?= auto
 SPEC ?= quickstart
 DS_CONFIG ?= ds_configs/zero3_experts.json
 RANKS ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
-export TORCH PYTHON DATA OUT VOCAB FORMAT WORKERS SPEC DS_CONFIG RANKS OUTPUT RUN MASTER_PORT
+export TORCH PYTHON DATA OUT VOCAB FORMAT WORKERS SPEC DS_CONFIG RANKS OUTPUT RUN
 
 BIN := .venv/bin
 READY := .venv/.ready

@@ -11,12 +11,16 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # As a script, python puts launcher/ on the path; the packages stand beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mdseq.errors import UserError
-from mdseq.spec import ResolvedSpec, load_spec, preset_names
+from mdseq.spec import load_spec, preset_names
+
+if TYPE_CHECKING:
+    from mdseq.train.start import RunPlan
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -24,16 +28,25 @@ EXIT_INTERRUPTED = 130
 
 def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
-    first_rank = os.environ.get("RANK", "0") == "0"
+    rank = int(os.environ.get("RANK", "0"))
     try:
-        resolved = load_spec(options.spec, _overrides(options))
-        _launch(options, resolved, show=first_rank)
-    except UserError as error:
-        if first_rank:
+        plan = _plan(options, show=rank == 0)
+    except UserError as error:  # the same on every rank
+        if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    if plan is None:
+        return 0
+
+    from mdseq.train.start import train
+
+    try:
+        train(plan)
+    except UserError as error:  # of this rank alone, perhaps
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        if first_rank:
+        if rank == 0:
             print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     return 0
@@ -64,7 +77,10 @@ def _overrides(options: argparse.Namespace) -> list[str]:
     return given if options.data is None else [*given, f"data.path={options.data}"]
 
 
-def _launch(options: argparse.Namespace, resolved: ResolvedSpec, show: bool) -> None:
+def _plan(options: argparse.Namespace, show: bool) -> RunPlan | None:
+    """Check everything; None where a dry run was all that was asked for."""
+    resolved = load_spec(options.spec, _overrides(options))
+
     import torch
 
     from mdseq.engine.config import load_engine_config
@@ -76,13 +92,13 @@ def _launch(options: argparse.Namespace, resolved: ResolvedSpec, show: bool) -> 
 
         if show:
             print_dry_run(resolved, engine)
-        return
+        return None
 
-    from mdseq.train.start import plan_run, train
+    from mdseq.train.start import plan_run
 
     name = options.spec.stem if options.spec is not None else "default"
     output = options.output if options.output is not None else Path("runs") / name
-    train(plan_run(resolved.spec, engine, output, options.resume))
+    return plan_run(resolved.spec, engine, output, options.resume)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.run import BuildOptions, build
 
 WORDS = ("the river runs past an old mill where seven grey cats watch silver fish and dream of snow").split()  # noqa: SIM905
+
+# Tensors here are tiny: more threads than one only wait for each other, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 def _sentence(rng: random.Random, num_words: int) -> str:

@@ -111,11 +111,16 @@ def save_checkpoint(
             _seal(partial, final, manifest)
         dist.barrier()
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        # torch reports a full disk as an error of its stream, without saying so.
+        full = shutil.disk_usage(folder).free < 2**20
+        if isinstance(error, RuntimeError) and not full:
             raise
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "no space left" if full else error
         raise UserError(
-            f"cannot write the checkpoint {final}: {error}; make room or choose another --output"
-        ) from error
+            f"cannot write the checkpoint {final}: {reason}; "
+            "make room, then the same command continues from the last one"
+        ) from None
     return final
 
 

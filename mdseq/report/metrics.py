@@ -14,6 +14,11 @@ from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+_SECTIONS = {
+    **dict.fromkeys(("loss", "denoising", "rounding", "balance", "router_z"), "loss"),
+    **dict.fromkeys(("grad_norm", "learning_rate"), "optimiser"),
+    **dict.fromkeys(("tokens", "tokens_per_second", "peak_memory_gib"), "throughput"),
+}
 
 
 class MetricsWriter:
@@ -64,17 +69,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """TensorBoard tags, grouped into sections."""
+    """TensorBoard tags, in sections whose alphabetical order puts the loss first.
+
+    Of the expert load, the busiest and the idlest expert of each layer are shown, relative to an even share.
+    """
     tags: dict[str, float] = {}
     for key, value in metrics.items():
         if key == "expert_load":
             for layer, load_e in enumerate(value):
-                tags[f"expert_load_max_over_mean/layer_{layer:02d}"] = max(load_e) * len(load_e)
-                tags |= {f"expert_load_layer_{layer:02d}/expert_{e:02d}": share for e, share in enumerate(load_e)}
-        elif key.startswith("noise_level_"):
-            tags[f"loss_by_noise_level/{key}"] = value
-        elif key in ("denoising", "rounding", "balance", "router_z"):
-            tags[f"loss_parts/{key}"] = value
+                tags[f"router_busiest_expert/layer_{layer:02d}"] = max(load_e) * len(load_e)
+                tags[f"router_idlest_expert/layer_{layer:02d}"] = min(load_e) * len(load_e)
         elif key != "step":
-            tags[f"train/{key}"] = value
+            tags[f"{_SECTIONS.get(key, 'loss_by_noise_level')}/{key}"] = value
     return tags

@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import tempfile
-import tomllib
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
 from mdseq.spec import RunSpec, flatten
 
+SPEC_FILE = "spec.toml"
 _PACKAGES = ("mdseq", "torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 # What decides the trajectory; a run that continues must not change it.
 _FIXED_SECTIONS = ("seed", "model", "attention", "experts", "diffusion", "data")
@@ -32,8 +32,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
-    def check_writable(self) -> None:
-        """Raise UserError, and leave nothing behind, if the folder cannot be written."""
+    def check_usable(self) -> None:
+        """Raise UserError if the folder holds something else than a run, or cannot be written; leaves no trace."""
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / SPEC_FILE).is_file():
+            raise UserError(f"{self.path} holds files that are not a run's; choose another --output")
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         try:
             with tempfile.TemporaryFile(dir=existing):
@@ -51,9 +53,15 @@ class RunFolder:
         """
         if resume not in ("auto", "never"):
             wanted = Path(resume)
-            for found in whole_checkpoints(wanted.parent):
-                if found[0] == wanted:
-                    return found
+            newest = max((manifest.step for _, manifest in whole_checkpoints(self.checkpoints)), default=0)
+            for found, manifest in whole_checkpoints(wanted.parent):
+                if found == wanted and manifest.step < newest:
+                    raise UserError(
+                        f"{self.path} holds a later checkpoint, of step {newest}, which continuing from {wanted} would "
+                        "overwrite; choose another --output"
+                    )
+                if found == wanted:
+                    return found, manifest
             raise UserError(
                 f"--resume {resume} is not a whole checkpoint; see {self.checkpoints}, or use --resume auto"
             )
@@ -71,7 +79,7 @@ class RunFolder:
         """Write spec.toml, engine.json and environment.json; for rank 0 alone."""
         self.samples.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        (self.path / "spec.toml").write_text(spec.to_toml(), encoding="utf-8")
+        (self.path / SPEC_FILE).write_text(spec.to_toml(), encoding="utf-8")
         for name, values in (("engine.json", engine.values), ("environment.json", _environment(engine))):
             (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -98,14 +106,6 @@ def check_same_run(
             f"{path} cannot be continued with what is asked for now:\n" + "\n".join(differences) + "\n"
             "  restore these, or start another run with another --output"
         )
-
-
-def read_spec(run: Path) -> dict[str, Any]:
-    """The resolved spec that a run was started with."""
-    try:
-        return tomllib.loads((run / "spec.toml").read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{run} is not a run folder: it has no spec.toml") from None
 
 
 def _environment(engine: EngineConfig) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def plan_run(spec: RunSpec, engine: EngineConfig, output: Path, resume: str) -> 
     packing = make_packing(corpus, spec)
     tokenizer = Tokenizer.load(Path(spec.data.path) / TOKENIZER_FILE)
     run = RunFolder(output)
-    run.check_writable()
+    run.check_usable()
     found = run.find_checkpoint(resume)
     if found is not None:
         check_same_run(*found, spec, engine, corpus.manifest.fingerprint)
@@ -120,7 +120,7 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
     if dist.get_rank() == 0:
         plan.run.write_description(spec, plan.engine)
         writer = MetricsWriter(plan.run.path, trainer.step)
-        start = f"continuing {plan.resume_from}" if plan.resume_from else f"starting {plan.run.path}"
+        start = f"continuing {plan.resume_from}" if plan.resume_from else f"starting {plan.run.path} from the beginning"
         print(f"{start}: step {trainer.step} of {spec.schedule.steps}", flush=True)
     checkpoint = CheckpointManifest(
         step=trainer.step,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -79,10 +80,45 @@ def test_another_run_does_not_continue_this_one(copied, text_dataset, capsys, ch
     assert sorted(copied.rglob("*")) == before
 
 
+def test_an_older_checkpoint_is_continued_only_into_another_folder(copied, text_dataset, tmp_path, capsys):
+    older = copied / "checkpoints" / "step-00000002"
+    arguments = ["--ds_config", DS_CONFIGS / "cpu.json", "--data", text_dataset, "--resume", older, *SHORT]
+    assert launch([*map(str, arguments), "--output", str(copied)]) == 2
+    assert "holds a later checkpoint, of step 4" in capsys.readouterr().err
+    assert run_ranks(1, train, *arguments, "--output", tmp_path / "fork") == [0]
+    assert steps(tmp_path / "fork") == [4]
+
+
+def test_a_folder_of_something_else_is_not_written_to(text_dataset, tmp_path, capsys):
+    (tmp_path / "thesis.tex").touch()
+    arguments = ["--ds_config", DS_CONFIGS / "cpu.json", "--data", text_dataset, "--output", tmp_path, *SHORT]
+    assert launch([str(argument) for argument in arguments]) == 2
+    assert "not a run's" in capsys.readouterr().err
+
+
 def test_another_dataset_does_not_continue_this_run(copied, pair_dataset, capsys):
     arguments = ["--ds_config", str(DS_CONFIGS / "cpu.json"), "--data", str(pair_dataset), "--output", str(copied)]
     assert launch([*arguments, *SHORT, "data.packing=whole"]) == 2
     assert "dataset: " in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for the run's metrics, but not for a checkpoint."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_a_message_and_leaves_no_torn_checkpoint(small_disk, text_dataset):
+    arguments = ["--ds_config", DS_CONFIGS / "cpu.json", "--data", text_dataset, "--output", small_disk / "run"]
+    assert run_ranks(1, train, *arguments, *SHORT) == [2]
+    assert list((small_disk / "run" / "checkpoints").iterdir()) == []
+    assert (small_disk / "run" / "metrics.jsonl").stat().st_size > 0
 
 
 class TestGenerate:

@@ -1,0 +1,105 @@
+"""What the Markdown files tell a reader to type, and where they send him, exists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_prep.__main__ import _parser as data_prep_parser
+from launcher.run import _parse as parse_launcher
+from mdseq.cli import _parser as mdseq_parser
+from mdseq.spec import load_spec
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "ds_configs" / "README.md"]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+PROGRAMS = ("make ", "deepspeed ", "python launcher/run.py", "python -m data_prep ", "mdseq ")
+
+
+def commands(page: Path) -> list[str]:
+    """Lines of code blocks, continuation lines joined, and code in running text, that start one of our programs."""
+    text = re.sub(r" *\\\n\s+", " ", page.read_text(encoding="utf-8"))
+    blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
+    spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    return [line for line in [*blocks, *spans] if line.startswith(PROGRAMS) and "..." not in line]
+
+
+COMMANDS = [pytest.param(command, id=f"{page.name}: {command}") for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command):
+    program, *arguments = shlex.split(command, comments=True)
+    if program == "make":
+        _check_make(arguments)
+    elif program == "mdseq":
+        _check_parses(mdseq_parser(), arguments)
+    elif "data_prep" in arguments[:2]:
+        _check_parses(data_prep_parser(), arguments[2:])
+    else:
+        _check_launch(arguments[arguments.index("launcher/run.py") + 1 :])
+
+
+def _check_parses(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    if len(arguments) > 1:
+        parser.parse_args(arguments)
+        return
+    with pytest.raises(SystemExit) as exit:  # a command is mentioned, not shown
+        parser.parse_args([*arguments, "--help"])
+    assert exit.value.code == 0
+
+
+def _check_make(arguments: list[str]) -> None:
+    for argument in arguments:
+        name, is_variable, value = argument.partition("=")
+        if not is_variable:
+            assert re.search(rf"^{name}:.*##", MAKEFILE, re.MULTILINE), f"no target {name}"
+            continue
+        assert re.search(rf"\$\$?[({{]?{name}\b", MAKEFILE), f"no variable {name}"
+        if name == "ARGS" and "train" in arguments:
+            load_spec(None, shlex.split(value))
+        elif name == "SPEC":
+            load_spec(Path(value))
+
+
+def _check_launch(arguments: list[str]) -> None:
+    options = parse_launcher(arguments)
+    assert (ROOT / options.ds_config).is_file()
+    spec = options.spec if options.spec is None or not options.spec.suffix else ROOT / options.spec
+    load_spec(spec, options.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page):
+    """Paths in code spans that begin with one of our folders."""
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    tops = ("mdseq/", "data_prep/", "launcher/", "ds_configs/", "docs/", "tests/")
+    for path in (span for span in spans if span.startswith(tops) and " " not in span and "*" not in span):
+        assert (ROOT / path).exists(), path
+
+
+def test_run_spec_page_is_up_to_date():
+    location = importlib.util.spec_from_file_location("generate_run_spec", ROOT / "docs" / "generate_run_spec.py")
+    generator = importlib.util.module_from_spec(location)
+    location.loader.exec_module(generator)
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run `make docs`"
+
+
+def test_every_ds_config_is_in_the_table():
+    page = (ROOT / "ds_configs" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+        assert f"| `{path.name}` |" in page

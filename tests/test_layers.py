@@ -31,9 +31,7 @@ FLOORS = {
     "launcher": 7,
     "mdseq.__main__": 7,
 }
-SOURCES = sorted(
-    path for package in ("mdseq", "data_prep", "launcher") for path in (ROOT / package).rglob("*.py")
-)
+SOURCES = sorted(path for package in ("mdseq", "data_prep", "launcher") for path in (ROOT / package).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:

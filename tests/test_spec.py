@@ -80,9 +80,7 @@ def test_every_value_says_where_it_came_from(tmp_path: Path) -> None:
         (" schedule.steps =7", "schedule", "steps", 7),
     ],
 )
-def test_overrides_are_toml_values_or_bare_strings(
-    override: str, section: str, key: str, value: object
-) -> None:
+def test_overrides_are_toml_values_or_bare_strings(override: str, section: str, key: str, value: object) -> None:
     assert getattr(getattr(load_spec(None, [override]).spec, section), key) == value
 
 
@@ -212,9 +210,7 @@ overrides_that_fit = st.fixed_dictionaries(
 
 @settings(max_examples=50, derandomize=True, deadline=None)
 @given(overrides_that_fit)
-def test_to_toml_reads_back_to_the_same_spec(
-    tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]
-) -> None:
+def test_to_toml_reads_back_to_the_same_spec(tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]) -> None:
     resolved = load_spec(None, [f"{key}={value}" for key, value in values.items()])
     path = write(tmp_path_factory.mktemp("spec"), resolved.spec.to_toml())
     again = load_spec(path)

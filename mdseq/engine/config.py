@@ -97,6 +97,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object")
+    for section in ("zero_optimization", "expert_parallel"):
+        if not isinstance(values.get(section, {}), dict):
+            raise UserError(f"{section} in {path} must be a JSON object, not {json.dumps(values[section])}")
     return values
 
 

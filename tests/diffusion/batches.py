@@ -28,9 +28,7 @@ def tiny_objective(*overrides: str) -> DiffusionObjective:
     return DiffusionObjective(load_spec(None, [*TINY, *overrides]).spec, VOCAB)
 
 
-def make_batch(
-    rows: Sequence[Sequence[tuple[int, int]]], row_length: int = 24, step: int = 3, seed: int = 0
-) -> Batch:
+def make_batch(rows: Sequence[Sequence[tuple[int, int]]], row_length: int = 24, step: int = 3, seed: int = 0) -> Batch:
     """Rows of documents, each given as (source tokens, target tokens), then padding.
 
     A document's tokens depend on its place in the list only, not on the length of the rows.

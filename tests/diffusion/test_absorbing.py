@@ -69,9 +69,7 @@ def test_replaced_targets_are_exactly_m_without_noise() -> None:
     assert not (x["z_t"][x["target"] & ~replaced] == x["m"]).all(dim=-1).any()
 
 
-@pytest.mark.parametrize(
-    ("timestep", "rate"), [(0, 0.06), (200, 0.28), (500, 0.35), (1000, 0.42), (1999, 0.50)]
-)
+@pytest.mark.parametrize(("timestep", "rate"), [(0, 0.06), (200, 0.28), (500, 0.35), (1000, 0.42), (1999, 0.50)])
 def test_the_published_rates_of_replacement(timestep: int, rate: float) -> None:
     """gamma * sigma_t, for gamma = 0.5 and T = 2000."""
     x = noised(timestep, gamma=0.5)

@@ -109,8 +109,7 @@ def test_micro_batches_add_up_to_the_batch(pieces: int) -> None:
         expected = torch.stack(whole.losses(logits, real))
         chunks = zip(*(tensor.chunk(pieces) for tensor in logits), strict=True)
         sums = [
-            torch.stack(parts.losses(list(chunk), mask))
-            for chunk, mask in zip(chunks, real.chunk(pieces), strict=True)
+            torch.stack(parts.losses(list(chunk), mask)) for chunk, mask in zip(chunks, real.chunk(pieces), strict=True)
         ]
         torch.testing.assert_close(sum(sums), expected)
         whole.end_step()

@@ -171,9 +171,7 @@ def test_predictions_everywhere_count_as_published() -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["experts.num_experts=0"], ["diffusion.objective=published"]])
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 2], [1, 3]])
-def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(
-    overrides: list[str], sizes: list[int]
-) -> None:
+def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(overrides: list[str], sizes: list[int]) -> None:
     """And so are its gradients, its history and its balance, however the rows are spread (design.md 5.1, 5.3)."""
     batch = make_batch(PACKED)
     whole, parts = tiny_objective(*overrides), tiny_objective(*overrides)

@@ -1,11 +1,12 @@
 """Solvers against a Gaussian, whose denoiser and whose solution are known.
 
-For u_0 ~ N(mu, s^2), u_t ~ N(alpha mu, S^2) with S^2 = alpha^2 s^2 + sigma^2; the best estimate of u_0 is linear in u_t,
-and the probability-flow ODE keeps (u_t - alpha mu) / S constant.
+For u_0 ~ N(mu, s^2), u_t ~ N(alpha mu, S^2) with S^2 = alpha^2 s^2 + sigma^2; the best estimate of u_0 is linear in
+u_t, and the probability-flow ODE keeps (u_t - alpha mu) / S constant.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def even_in_log_ratio(schedule: NoiseSchedule, num_steps: int, first: float, las
 def first_order(predict, u, schedule, grid, draw_normal) -> Tensor:
     """DDIM, which is DPM-Solver++(1): hold the estimate over the step."""
     alpha, sigma = schedule.alpha_bar_t.sqrt(), (1 - schedule.alpha_bar_t).sqrt()
-    for t, s in zip(grid, grid[1:], strict=False):
+    for t, s in itertools.pairwise(grid):
         estimate = predict(u, t)
         noise = (u - alpha[t] * estimate) / sigma[t]
         u = alpha[s] * estimate + sigma[s] * noise

@@ -139,15 +139,13 @@ def test_ranks_times_micro_batches_make_the_batch(
     assert config.num_ranks == num_ranks
 
 
-@pytest.mark.parametrize(("batch_size", "num_ranks", "proposal"), [(16, 3, 18), (2, 4, 8), (20, 8, 16)])
-def test_ranks_that_do_not_divide_the_batch(
-    tmp_path: Path, batch_size: int, num_ranks: int, proposal: int
-) -> None:
+@pytest.mark.parametrize(("batch_size", "num_ranks", "nearest"), [(16, 3, 18), (2, 4, 8), (20, 8, 16)])
+def test_ranks_that_do_not_divide_the_batch(tmp_path: Path, batch_size: int, num_ranks: int, nearest: int) -> None:
     overrides = [f"data.batch_size={batch_size}", "data.micro_batch_size=2"]
     _, problem = problems(tmp_path, {}, *overrides, num_ranks=num_ranks)
     assert f"data.batch_size = {batch_size} must be a multiple of" in problem
-    assert problem.endswith(f"try {proposal}")
-    overrides[0] = f"data.batch_size={proposal}"
+    assert problem.endswith(f"the nearest is {nearest}")
+    overrides[0] = f"data.batch_size={nearest}"
     load(tmp_path, {}, *overrides, num_ranks=num_ranks)
 
 
@@ -200,9 +198,7 @@ def test_how_the_experts_are_found_is_not_the_users_to_change(tmp_path: Path) ->
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_load_with_every_preset_that_allows_them(
-    path: Path, preset: str, num_ranks: int
-) -> None:
+def test_shipped_configs_load_with_every_preset_that_allows_them(path: Path, preset: str, num_ranks: int) -> None:
     spec = load_spec(Path(preset)).spec
     if "expert_parallel" in json.loads(path.read_text()) and not spec.experts.num_experts:
         with pytest.raises(UserError, match="has no experts"):

@@ -49,7 +49,7 @@ class FakeSample:
         out = tokens_bl.clone()
         for b in range(len(out)):
             places = target_bl[b].nonzero().flatten()[: len(self.written)]
-            out[b, places] = torch.tensor(self.written)[: len(places)]
+            out[b, places] = torch.tensor(self.written, dtype=torch.long)[: len(places)]
         return out
 
 

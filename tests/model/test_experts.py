@@ -73,9 +73,7 @@ def test_all_experts_chosen_is_a_plain_weighted_sum() -> None:
 
 def test_a_single_expert_is_the_dense_layer() -> None:
     layer, dense = make_layer(8, 6, 1, 1, torch.float32), DenseFeedForward(8, 6)
-    dense.load_state_dict(
-        {"gate_up.weight": layer.experts.gate_up_proj[0], "down.weight": layer.experts.down_proj[0]}
-    )
+    dense.load_state_dict({"gate_up.weight": layer.experts.gate_up_proj[0], "down.weight": layer.experts.down_proj[0]})
     x = torch.randn(2, 9, 8)
     torch.testing.assert_close(layer(x), dense(x))
 

@@ -55,7 +55,7 @@ def test_a_resumed_run_drops_what_will_come_again(tmp_path: Path) -> None:
     write(tmp_path, 0, line(10, 4.0), line(20, 3.0), line(30, 99.0), line(40, 99.0))
     write(tmp_path, 20, line(30, 2.0))
     assert [(entry["step"], entry["loss"]) for entry in read_metrics(tmp_path)] == [(10, 4.0), (20, 3.0), (30, 2.0)]
-    assert scalars(tmp_path, "train/loss") == {10: 4.0, 20: 3.0, 30: 2.0}
+    assert scalars(tmp_path, "loss/loss") == {10: 4.0, 20: 3.0, 30: 2.0}
 
 
 def test_a_run_from_the_start_drops_everything(tmp_path: Path) -> None:
@@ -80,21 +80,21 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
         0,
         line(
             10, balance=1.5, router_z=0.1, rounding=0.2, tokens=512, tokens_per_second=99.0, grad_norm=0.7,
+            peak_memory_gib=0.5,
             noise_level_0=0.1, noise_level_9=0.9, expert_load=[[0.25, 0.75], [0.5, 0.5]],
         ),
     )  # fmt: skip
-    tags = set(events(tmp_path).Tags()["scalars"])
-    assert tags == {
-        "train/loss", "train/learning_rate", "train/tokens", "train/tokens_per_second", "train/grad_norm",
-        "loss_parts/denoising", "loss_parts/rounding", "loss_parts/balance", "loss_parts/router_z",
+    assert set(events(tmp_path).Tags()["scalars"]) == {
+        "loss/loss", "loss/denoising", "loss/rounding", "loss/balance", "loss/router_z",
         "loss_by_noise_level/noise_level_0", "loss_by_noise_level/noise_level_9",
-        "expert_load_max_over_mean/layer_00", "expert_load_max_over_mean/layer_01",
-        "expert_load_layer_00/expert_00", "expert_load_layer_00/expert_01",
-        "expert_load_layer_01/expert_00", "expert_load_layer_01/expert_01",
+        "optimiser/grad_norm", "optimiser/learning_rate",
+        "throughput/tokens", "throughput/tokens_per_second", "throughput/peak_memory_gib",
+        "router_busiest_expert/layer_00", "router_busiest_expert/layer_01",
+        "router_idlest_expert/layer_00", "router_idlest_expert/layer_01",
     }  # fmt: skip
-    assert scalars(tmp_path, "expert_load_max_over_mean/layer_00") == {10: 1.5}
-    assert scalars(tmp_path, "expert_load_max_over_mean/layer_01") == {10: 1.0}
-    assert scalars(tmp_path, "expert_load_layer_00/expert_01") == {10: 0.75}
+    assert scalars(tmp_path, "router_busiest_expert/layer_00") == {10: 1.5}
+    assert scalars(tmp_path, "router_idlest_expert/layer_00") == {10: 0.5}
+    assert scalars(tmp_path, "router_busiest_expert/layer_01") == {10: 1.0}
 
 
 def test_text_keeps_its_line_breaks(tmp_path: Path) -> None:

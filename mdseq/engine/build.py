@@ -13,7 +13,7 @@ import torch.distributed as dist
 from mdseq.engine.config import EngineConfig
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.engine import DeepSpeedEngine as DeepSpeedEngine  # for other floors' annotations too
     from torch import nn
 
 

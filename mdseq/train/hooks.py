@@ -23,7 +23,7 @@ from mdseq.train.run_folder import RunFolder
 
 
 class MetricsHook:
-    """Every few steps: sums the statistics over ranks, then rank 0 prints a line and writes the metrics."""
+    """After the first step, then every few: sums the statistics over ranks; rank 0 prints and writes the metrics."""
 
     def __init__(self, writer: MetricsWriter | None, interval_steps: int) -> None:
         self.writer = writer
@@ -35,7 +35,7 @@ class MetricsHook:
             self._started = (time.monotonic(), trainer.tokens, trainer.step)
             self._since = self._started
         last = trainer.step == trainer.spec.schedule.steps
-        if trainer.step % self.interval_steps and not last:
+        if trainer.step % self.interval_steps and not last and trainer.step != 1:
             return
         statistics = trainer.objective.statistics
         dist.all_reduce(statistics.tally)
@@ -68,14 +68,15 @@ class MetricsHook:
         assert self._started is not None
         steps = trainer.spec.schedule.steps
         taken = trainer.step - self._started[2]
-        left = (steps - trainer.step) * (now - self._started[0]) / taken if taken else 0.0
+        pace = f"{metrics['tokens_per_second']:,.0f} tokens/s  "
+        left = f"left {_duration((steps - trainer.step) * (now - self._started[0]) / taken)}" if taken else "warming up"
         load = max((max(share) * len(share) for share in metrics["expert_load"]), default=0.0)
         print(
             f"step {trainer.step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
             f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
             + (f"busiest expert {load:.2f}x  " if load else "")
-            + f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['peak_memory_gib']:.1f} GiB  "
-            f"left {_duration(left)}",
+            + (pace if taken else "")
+            + f"{metrics['peak_memory_gib']:.1f} GiB  {left}",
             flush=True,
         )
 

@@ -18,7 +18,7 @@ from mdseq.spec import RunSpec
 from mdseq.train.schedule import learning_rate
 
 if TYPE_CHECKING:
-    from deepspeed.runtime.engine import DeepSpeedEngine
+    from mdseq.engine.build import DeepSpeedEngine
 
 
 class Hook(Protocol):

@@ -301,7 +301,7 @@ def _describe(error: ValidationError, path: Path | None, origins: Mapping[str, s
         if item["type"] == "value_error":  # a check over several keys: its message names them itself
             problems.append(f"  {item['ctx']['error']}")
             continue
-        origin = origins.get(location) or next((o for p, o in origins.items() if location.startswith(p)), "file")
+        origin = origins.get(location) or _nearby_origin(location, origins)
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(location, [*RunSpec.model_fields, *_known_paths()], n=1)
             advice = f"did you mean {close[0]}?" if close else "remove it; `--dry_run` lists every key"
@@ -312,6 +312,14 @@ def _describe(error: ValidationError, path: Path | None, origins: Mapping[str, s
     source = f"{path}" if path is not None else "the run spec"
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     return f"{count} in {source}:\n" + "\n".join(problems)
+
+
+def _nearby_origin(location: str, origins: Mapping[str, str]) -> str:
+    """Where a section came from of which only single keys have an origin, or a key of which only the section has."""
+    for path, origin in origins.items():
+        if f"{location}.".startswith(f"{path}.") or path.startswith(f"{location}."):
+            return origin
+    return "file"
 
 
 def _purpose(location: str) -> str:

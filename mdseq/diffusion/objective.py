@@ -29,7 +29,7 @@ class DiffusionObjective(nn.Module):
 
         |z_0 - f(z_t, t)|^2 / z          denoising; |Emb(w) - f|^2 / z at t = 0
         - log p(w | z_0)                 rounding: keeps embeddings apart, does not pass through the denoiser
-        |alpha_{T-1} z_0|^2 / z          prior
+        |alpha_{T-1} (z_0 - m)|^2 / z    prior: what is left of z_0 at the end
 
     The objective "target" sums it over target tokens, divides by their count in the global batch, and keeps the source
     exactly clean. The objective "published" is DiffuSeq's: the mean over every position of a row, source and padding
@@ -62,7 +62,7 @@ class DiffusionObjective(nn.Module):
 
         # 1. Draw a timestep for each document.
         timestep_bm, weight_bm = self.timesteps.draw(key, batch.num_documents)
-        document_bl = documents.document_bl.clamp(min=0)
+        document_bl = documents.document_bl.clamp(min=0)  # padding, where it counts, belongs to the first
         timestep_bl = timestep_bm.gather(1, document_bl)
         alpha_bl, sigma_bl = self.schedule.alpha_sigma(timestep_bl)
 

@@ -6,6 +6,7 @@ u_t = alpha_t u_0 + sigma_t eps. `predict(u, t)` is the denoiser's estimate of u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
@@ -80,7 +81,7 @@ def dpm_solver(
             earlier, h_previous = previous
             half = h / (2 * h_previous)
             d = (1 + half) * estimate - half * earlier
-        u = sigma[s] / sigma[t] * u - alpha[s] * torch.expm1(torch.tensor(-h)).item() * d
+        u = sigma[s] / sigma[t] * u - alpha[s] * math.expm1(-h) * d
         previous = estimate, h
     return predict(u, grid[-1])
 

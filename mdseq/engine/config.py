@@ -64,7 +64,7 @@ class EngineConfig:
 
     @property
     def offloads_optimiser(self) -> bool:
-        offload = self.values["zero_optimization"].get("offload_optimizer", {})
+        offload = self.values["zero_optimization"].get("offload_optimizer") or {}
         return offload.get("device", "none") != "none"
 
 
@@ -150,7 +150,7 @@ def _merge(values: dict[str, Any], facts: dict[str, Any], prefix: str, problems:
         else:
             problems.append(
                 f"{prefix}{key} = {json.dumps(found)} contradicts the run spec, which makes it {json.dumps(fact)} "
-                f'({_home(prefix + key)}); write "auto" in the ds_config, or change the spec'
+                f'({_home(prefix + key)}); write "auto" here, or leave the key out'
             )
 
 
@@ -163,7 +163,8 @@ def _home(key: str) -> str:
         "gradient_clipping": "optimiser.gradient_clipping",
         "bf16": "optimiser.precision",
         "optimizer": "optimiser",
-        "steps_per_print": "report.log_interval_steps",
+        "steps_per_print": "mdseq prints progress itself, every report.log_interval_steps",
+        "expert_parallel": "mdseq's experts are of this form",
     }
     return homes[key.partition(".")[0]]
 

@@ -28,6 +28,7 @@ class TimeEmbedding(nn.Module):
         exponent = torch.arange(half, device=time_bl.device, dtype=torch.float32) / half
         angle = time_bl[..., None].float() * torch.exp(-math.log(10_000) * exponent)
         sinusoid = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.expand.weight.dtype)
+        sinusoid = nn.functional.pad(sinusoid, (0, self.sinusoid_dim % 2))
         return self.project(nn.functional.silu(self.expand(sinusoid)))
 
 

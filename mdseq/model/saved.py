@@ -85,11 +85,11 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
     try:
         config = ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         weights = load_file(folder / WEIGHTS_FILE, device=str(device))
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        m_z = weights.pop("absorbing.m", torch.zeros(config.denoiser.embedding_dim, device=device))
+        state = {name.removeprefix("denoiser."): weight for name, weight in weights.items()}
+        state["head.weight"] = state["embedding.weight"]
+        denoiser = Denoiser(config.denoiser).to(device)
+        denoiser.load_state_dict(state)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold a whole model: {error}") from None
-    m_z = weights.pop("absorbing.m", torch.zeros(config.denoiser.embedding_dim, device=device))
-    state = {name.removeprefix("denoiser."): weight for name, weight in weights.items()}
-    state["head.weight"] = state["embedding.weight"]
-    denoiser = Denoiser(config.denoiser).to(device)
-    denoiser.load_state_dict(state)
     return SavedModel(config, denoiser.eval(), m_z, folder / TOKENIZER_FILE)

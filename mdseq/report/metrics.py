@@ -79,6 +79,8 @@ def _scalars(metrics: dict[str, Any]) -> dict[str, float]:
             for layer, load_e in enumerate(value):
                 tags[f"router_busiest_expert/layer_{layer:02d}"] = max(load_e) * len(load_e)
                 tags[f"router_idlest_expert/layer_{layer:02d}"] = min(load_e) * len(load_e)
+        elif key.startswith("noise_level_"):
+            tags[f"loss_by_noise_level/{key}"] = value
         elif key != "step":
-            tags[f"{_SECTIONS.get(key, 'loss_by_noise_level')}/{key}"] = value
+            tags[f"{_SECTIONS[key]}/{key}"] = value
     return tags

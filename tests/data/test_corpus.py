@@ -61,9 +61,7 @@ def test_splits_share_the_documents_out(dataset: Path, tokenizer: Tokenizer) -> 
 
 
 def test_reading_needs_no_torch() -> None:
-    modules = ", ".join(
-        f"mdseq.data.{name}" for name in ("format", "tokenizer", "corpus", "packing", "order")
-    )
+    modules = ", ".join(f"mdseq.data.{name}" for name in ("format", "tokenizer", "corpus", "packing", "order"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -71,9 +69,7 @@ def test_reading_needs_no_torch() -> None:
 def test_truncated_shard(dataset: Path) -> None:
     path = first_shard(dataset)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(
-        UserError, match=r"train-00000.arrow is damaged: it has .* bytes .*build the dataset again"
-    ):
+    with pytest.raises(UserError, match=r"train-00000.arrow is damaged: it has .* bytes .*build the dataset again"):
         Corpus.open(dataset, "train")
 
 

@@ -22,9 +22,7 @@ TARGET_STARTS = [1, 2, 8, 1, 1, 1, 3, 2, 11, 1, 2, 1]
 FIELDS = ("tokens_bl", "document_bl", "position_bl", "target_bl", "row_b")
 
 
-def read(
-    corpus: Corpus, step: int, micro_batch_size: int, num_ranks: int, row_length: int = 8
-) -> list[list[Batch]]:
+def read(corpus: Corpus, step: int, micro_batch_size: int, num_ranks: int, row_length: int = 8) -> list[list[Batch]]:
     """Micro-batches of every rank."""
     packing = SplitPacking(corpus, row_length)
     order = RowOrder(packing.num_rows, seed=1)
@@ -37,9 +35,7 @@ def read(
 
 
 @pytest.mark.parametrize(("micro_batch_size", "num_ranks"), [(4, 1), (2, 1), (1, 1), (2, 2), (1, 2), (1, 4)])
-def test_layout_of_ranks_does_not_change_the_step(
-    corpus_of: Any, micro_batch_size: int, num_ranks: int
-) -> None:
+def test_layout_of_ranks_does_not_change_the_step(corpus_of: Any, micro_batch_size: int, num_ranks: int) -> None:
     corpus = corpus_of(LENGTHS, TARGET_STARTS)
     for step in range(5):
         ((reference,),) = read(corpus, step, micro_batch_size=4, num_ranks=1)

@@ -15,12 +15,7 @@ lengths_of_documents = st.lists(st.integers(2, 12), min_size=1, max_size=30)
 def laid_out(packing: Packing) -> list[tuple[int, int]]:
     """(document, position) of every token, row by row."""
     rows = [packing.row(index) for index in range(packing.num_rows)]
-    return [
-        (piece.document, position)
-        for row in rows
-        for piece in row
-        for position in range(piece.start, piece.stop)
-    ]
+    return [(piece.document, position) for row in rows for piece in row for position in range(piece.start, piece.stop)]
 
 
 def row_sizes(packing: Packing) -> list[int]:
@@ -28,9 +23,7 @@ def row_sizes(packing: Packing) -> list[int]:
 
 
 @given(lengths_of_documents, st.integers(1, 40))
-def test_split_packing_is_the_corpus_cut_into_full_rows(
-    corpus_of: Any, lengths: list[int], row_length: int
-) -> None:
+def test_split_packing_is_the_corpus_cut_into_full_rows(corpus_of: Any, lengths: list[int], row_length: int) -> None:
     packing = SplitPacking(corpus_of(lengths), row_length)
     assert laid_out(packing) == [(d, p) for d, length in enumerate(lengths) for p in range(length)]
     *full, last = row_sizes(packing)

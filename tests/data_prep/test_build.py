@@ -24,10 +24,7 @@ def write_jsonl(path: Path, records: list[dict[str, str]]) -> Path:
 
 
 def texts(count: int) -> list[dict[str, str]]:
-    return [
-        {"text": f"def mill_{number}(river):\n" + "    river += 1\n" * (number % 9)}
-        for number in range(count)
-    ]
+    return [{"text": f"def mill_{number}(river):\n" + "    river += 1\n" * (number % 9)} for number in range(count)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -52,9 +49,7 @@ def test_same_bytes_from_any_number_of_workers(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 7)
     data = write_jsonl(tmp_path / "texts.jsonl", texts(200))
     for workers in (1, 2):
-        build(
-            BuildOptions(data, tmp_path / f"out{workers}", vocab=512, max_shard_tokens=3000, workers=workers)
-        )
+        build(BuildOptions(data, tmp_path / f"out{workers}", vocab=512, max_shard_tokens=3000, workers=workers))
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
     assert len(contents(tmp_path / "out1")) > 4
 
@@ -133,9 +128,7 @@ def test_two_documents_are_one_for_each_split(
     tmp_path: Path, tokenizer_path: Path, fraction: float, num_valid: int
 ) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", texts(2))
-    options = BuildOptions(
-        data, tmp_path / "out", tokenizer=tokenizer_path, valid_fraction=fraction, workers=1
-    )
+    options = BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, valid_fraction=fraction, workers=1)
     assert build(options).splits["valid"].documents == num_valid
 
 
@@ -215,9 +208,7 @@ def test_full_disk_in_the_middle_of_a_shard(
     assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
 
 
-def test_input_that_changes_meanwhile(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_input_that_changes_meanwhile(tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
 
     def shortened(*arguments: object) -> Iterator[object]:

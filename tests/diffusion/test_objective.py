@@ -258,7 +258,9 @@ def test_the_embedding_noise_is_that_of_the_first_timestep() -> None:
 
 
 def test_the_sampler_learns_the_mean_loss_of_each_document() -> None:
+    """Without the weight of its draw, which is there because of the sampler."""
     objective, batch = tiny_objective("experts.num_experts=0"), make_batch(PACKED)
+    make_importance_uneven(objective)
     _, _, _, f = observed(objective, batch)
     transcription = Transcription(objective, batch, f, published=False)
     squares, counts = np.zeros(20), np.zeros(20)

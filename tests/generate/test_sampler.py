@@ -136,8 +136,8 @@ def test_the_denoiser_sees_clean_sources_and_shifted_targets(denoiser: Denoiser)
     torch.testing.assert_close(seen[0][0][target], (start + M)[target])
 
 
-def estimates_of(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, clamp: bool) -> list[Tensor]:
-    """What the solver is told at each step, as embeddings."""
+def estimates_of(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, clamp: bool) -> tuple[list[Tensor], Tensor]:
+    """What the solver is told at each step, as embeddings, and the tokens of the sample."""
     told: list[Tensor] = []
 
     def spy(predict: Callable[[Tensor, int], Tensor], u: Tensor, *arguments) -> Tensor:
@@ -148,8 +148,8 @@ def estimates_of(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch, clamp: boo
         return SOLVERS["dpm"](remembered, u, *arguments)
 
     monkeypatch.setitem(SOLVERS, "spy", spy)
-    generate(denoiser, ALL, solver="spy", clamp=clamp)
-    return told
+    generated = generate(denoiser, ALL, solver="spy", clamp=clamp)
+    return told, generated
 
 
 def test_clamping_replaces_each_estimate_by_an_embedding(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +158,19 @@ def test_clamping_replaces_each_estimate_by_an_embedding(denoiser: Denoiser, mon
     def distances(estimate: Tensor) -> Tensor:
         return (estimate.flatten(0, 1)[:, None] - words).norm(dim=-1).amin(dim=1)
 
-    assert all((distances(x) < 1e-3).all() for x in estimates_of(denoiser, monkeypatch, clamp=True))
-    assert all((distances(x) > 1e-3).any() for x in estimates_of(denoiser, monkeypatch, clamp=False))
+    assert all((distances(x) < 1e-3).all() for x in estimates_of(denoiser, monkeypatch, clamp=True)[0])
+    assert all((distances(x) > 1e-3).any() for x in estimates_of(denoiser, monkeypatch, clamp=False)[0])
+
+
+def test_the_solver_works_on_the_shifted_process(denoiser: Denoiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told f - m of the denoiser's f, and its result plus m is rounded to tokens."""
+    predicted = []
+    hook = denoiser.register_forward_hook(lambda _, __, out: predicted.append(out))
+    told, generated = estimates_of(denoiser, monkeypatch, clamp=False)
+    hook.remove()
+    torch.testing.assert_close(told, predicted)
+    _, target, _ = rows()
+    assert torch.equal(generated[target], nearest_tokens(told[-1], denoiser.embedding.weight)[target])
 
 
 def test_rounding_finds_the_nearest_embedding() -> None:

@@ -76,6 +76,7 @@ def load_engine_config(path: Path, spec: RunSpec, num_ranks: int, on_gpu: bool) 
     """
     values = _read_json(path)
     problems: list[str] = []
+    _check_sections(values, problems)
     micro_batches = _count_micro_batches(spec, num_ranks, problems)
     _merge(values, _facts_of_spec(spec, micro_batches), "", problems)
     problems += [f"{key} does not belong in a ds_config: {why}" for key, why in _NOT_OURS.items() if key in values]
@@ -97,10 +98,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object")
-    for section in ("zero_optimization", "expert_parallel"):
-        if not isinstance(values.get(section, {}), dict):
-            raise UserError(f"{section} in {path} must be a JSON object, not {json.dumps(values[section])}")
     return values
+
+
+def _check_sections(values: dict[str, Any], problems: list[str]) -> None:
+    """Report sections that are no objects, and put in their place what raises no further problem."""
+    for section, replacement in (("zero_optimization", {"stage": 1}), ("expert_parallel", {"enabled": False})):
+        if not isinstance(values.get(section, {}), dict):
+            problems.append(f"{section} must be a JSON object, not {json.dumps(values[section])}")
+            values[section] = replacement
 
 
 def _count_micro_batches(spec: RunSpec, num_ranks: int, problems: list[str]) -> int:
@@ -150,7 +156,7 @@ def _merge(values: dict[str, Any], facts: dict[str, Any], prefix: str, problems:
         else:
             problems.append(
                 f"{prefix}{key} = {json.dumps(found)} contradicts the run spec, which makes it {json.dumps(fact)} "
-                f'({_home(prefix + key)}); write "auto" here, or leave the key out'
+                f'({_home(prefix + key)}); write "auto" in the ds_config'
             )
 
 

@@ -12,13 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mdseq import __version__
 from mdseq.engine.checkpoint import CheckpointManifest, whole_checkpoints
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
 from mdseq.spec import RunSpec, flatten
 
 SPEC_FILE = "spec.toml"
-_PACKAGES = ("mdseq", "torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
+_PACKAGES = ("torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 # What decides the trajectory; a run that continues must not change it.
 _FIXED_SECTIONS = ("seed", "model", "attention", "experts", "diffusion", "data")
 _FREE_KEYS = ("data.path", "data.micro_batch_size", "attention.engine")
@@ -117,5 +118,5 @@ def _environment(engine: EngineConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         "num_ranks": engine.num_ranks,
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {"mdseq": __version__} | {name: version(name) for name in _PACKAGES},
     }

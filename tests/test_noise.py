@@ -44,7 +44,7 @@ def test_philox_gives_the_known_answers(counter: str, key: str, result: str) -> 
     assert [word.item() for word in out] == words(result)
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 2**32 - 1), min_size=6, max_size=6))
 def test_philox_equals_its_definition_in_unbounded_integers(values: list[int]) -> None:
     x0, x1, x2, x3, k0, k1 = values
@@ -88,7 +88,7 @@ def test_shapes_and_types(dim: int) -> None:
     assert key.normal(Purpose.DIFFUSION, 0, dim).shape == (3, 0, dim)
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 2**40), min_size=1, max_size=6),
     st.integers(0, 2**32 - 1),

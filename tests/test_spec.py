@@ -208,7 +208,7 @@ overrides_that_fit = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=50, derandomize=True, deadline=None)
+@settings(max_examples=50)
 @given(overrides_that_fit)
 def test_to_toml_reads_back_to_the_same_spec(tmp_path_factory: pytest.TempPathFactory, values: dict[str, str]) -> None:
     resolved = load_spec(None, [f"{key}={value}" for key, value in values.items()])

@@ -30,7 +30,6 @@ _ADOPTED_LAYER = {
     "num_experts_attr": "num_experts",
     "top_k_attr": "top_k",
     "score_func": "softmax",
-    "route_norm": True,
     "score_apply": "post",
 }
 
@@ -209,6 +208,9 @@ def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_
         )
         return 1
     section["autoep_size"] = size
-    # Its grouped kernels are CUDA's and Triton's.
-    _merge(section, _ADOPTED_LAYER | {"use_grouped_mm": on_gpu}, "expert_parallel.", problems)
+    of_this_run = {
+        "route_norm": spec.experts.top_k > 1,  # as in RoutedExperts
+        "use_grouped_mm": on_gpu,  # kernels of CUDA and Triton
+    }
+    _merge(section, _ADOPTED_LAYER | of_this_run, "expert_parallel.", problems)
     return size

@@ -45,7 +45,7 @@ class Experts(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """A mixture of experts: softmax router, top-k without dropping, weights renormalised over the k.
+    """A mixture of experts: softmax router, top-k without dropping; weights sum to 1 over the k, if there are several.
 
     AutoEP (DeepSpeed) recognises a module with `gate` and `experts` and replaces it by its own layer, which computes
     the same function and spreads the experts over ranks.
@@ -61,7 +61,8 @@ class RoutedExperts(nn.Module):
         x_nd = x_bsd.flatten(0, 1)
         probability_ne = self.gate(x_nd).float().softmax(dim=-1)
         weight_nk, expert_nk = probability_ne.topk(self.top_k, dim=-1)
-        weight_nk = weight_nk / weight_nk.sum(dim=-1, keepdim=True)
+        if self.top_k > 1:  # a single weight would always be 1, and the router learn nothing from the output
+            weight_nk = weight_nk / weight_nk.sum(dim=-1, keepdim=True)
 
         order_a = expert_nk.flatten().argsort(stable=True)
         count_e = expert_nk.flatten().bincount(minlength=probability_ne.shape[1])

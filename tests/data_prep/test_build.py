@@ -79,7 +79,7 @@ def test_pair_form(tmp_path: Path, tokenizer_path: Path) -> None:
     assert "<BOS>old mill<SEP>river<EOS>" in audit.show(tmp_path / "out", "train", 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=12))
 def test_documents_in_are_documents_out_and_rejections(
     tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path, written: list[str]

@@ -86,7 +86,7 @@ def test_a_root_mean_square_is_not_a_mean() -> None:
 losses_of_t = st.lists(st.just(0.0) | st.floats(0.125, 100, width=32), min_size=2, max_size=40).filter(any)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60)
 @given(losses_of_t)
 def test_the_weights_leave_the_expected_loss_unchanged(losses: list[float]) -> None:
     """sum_t p_t w_t L_t = mean_t L_t, for any losses L and whatever the history says."""
@@ -128,7 +128,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(steps, st.booleans())
 def test_history_against_a_slow_one(steps: list[list[tuple[int, float]]], warm_start: bool) -> None:
     sampler, slow = TimestepSampler(T, loss_aware=True), SlowHistory()

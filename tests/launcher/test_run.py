@@ -104,11 +104,9 @@ def test_dry_run_shows_everything_and_starts_nothing(text_dataset, tmp_path, mon
 
 def test_the_launcher_passes_the_exit_status_on(text_dataset, tmp_path):
     """Two real ranks under `deepspeed`: one message, status 2."""
-    deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [
-        deepspeed, "--quiet", "--num_gpus", "2", "--master_port", "29871", ROOT / "launcher" / "run.py",
-        "--ds_config", CPU_JSON, "--data", text_dataset, "--output", tmp_path / "run", "data.batch_size=3",
-    ]  # fmt: skip
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", "--master_port", "29871"]
+    arguments = ["--ds_config", CPU_JSON, "--data", text_dataset, "--output", tmp_path / "run", "data.batch_size=3"]
+    command = [*runner, ROOT / "launcher" / "run.py", *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"DS_ACCELERATOR": "cpu"}
     )

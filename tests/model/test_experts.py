@@ -23,11 +23,14 @@ def make_layer(hidden: int, inner: int, num_experts: int, top_k: int, dtype: tor
 
 
 def definition(layer: RoutedExperts, x_bsd: Tensor) -> Tensor:
-    """y = sum over the k likeliest experts of p_e / (sum of their p) * down_e(silu(gate_e x) * up_e x)."""
+    """y = sum over the k likeliest experts of p_e / (sum of their p) * down_e(silu(gate_e x) * up_e x).
+
+    For k = 1 the weight is p_e itself.
+    """
     probability_bse = (x_bsd @ layer.gate.weight.T).softmax(dim=-1)
     kth = probability_bse.sort(dim=-1, descending=True).values[..., layer.top_k - 1 : layer.top_k]
     kept_bse = torch.where(probability_bse >= kth, probability_bse, 0.0)
-    weight_bse = kept_bse / kept_bse.sum(dim=-1, keepdim=True)
+    weight_bse = kept_bse / kept_bse.sum(dim=-1, keepdim=True) if layer.top_k > 1 else kept_bse
     out = torch.zeros_like(x_bsd)
     for e in range(probability_bse.shape[-1]):
         gate, up = layer.experts.gate_up_proj[e].chunk(2)
@@ -43,7 +46,7 @@ def run(function, layer: RoutedExperts, x: Tensor, grad: Tensor) -> list[Tensor]
     return [out.detach(), *torch.autograd.grad(out, (x, *layer.parameters()), grad_outputs=grad)]
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.integers(1, 3), st.integers(1, 20), st.integers(1, 6))
 def test_equals_the_definition(data: st.DataObject, rows: int, slots: int, num_experts: int) -> None:
     top_k = data.draw(st.integers(1, num_experts))
@@ -99,11 +102,12 @@ def test_an_idle_expert_has_a_gradient_of_zeros() -> None:
     assert layer.gate.weight.grad is not None
 
 
-def test_the_router_learns_from_the_output() -> None:
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_router_learns_from_the_output(top_k: int) -> None:
     """The gate's probability scales the expert's output (SwitchDiffuSeq's does not)."""
-    layer = make_layer(8, 6, num_experts=4, top_k=2, dtype=torch.float32)
+    layer = make_layer(8, 6, num_experts=4, top_k=top_k, dtype=torch.float32)
     layer(torch.randn(1, 10, 8)).square().sum().backward()
-    assert (layer.gate.weight.grad != 0).any()
+    assert layer.gate.weight.grad.abs().max() > 1e-2
 
 
 def tiny_denoiser() -> Denoiser:

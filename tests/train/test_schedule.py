@@ -40,7 +40,7 @@ def test_constant() -> None:
     assert rates(steps=6, warmup_steps=2, decay="constant") == pytest.approx([0.05, 0.1, 0.1, 0.1, 0.1, 0.1])
 
 
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(1, 200),
     st.integers(0, 250),

@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SUFFIXES:
-.PHONY: help quickstart test prep train generate report lint format docs clean needs-data needs-run
+.PHONY: help quickstart test prep train generate report bench lint format docs clean needs-data needs-run
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
@@ -90,6 +90,9 @@ generate: needs-run $(READY)  ## text from a trained run: RUN=DIR [ARGS="--sourc
 
 report: needs-run $(READY)  ## summary of a run and a PNG of its curves: RUN=DIR
 	@$(BIN)/mdseq report "$$RUN"
+
+bench: $(READY)  ## window attention against dense attention, on this machine
+	@$(BIN)/python benchmarks/attention.py $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check

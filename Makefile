@@ -91,8 +91,9 @@ generate: needs-run $(READY)  ## text from a trained run: RUN=DIR [ARGS="--sourc
 report: needs-run $(READY)  ## summary of a run and a PNG of its curves: RUN=DIR
 	@$(BIN)/mdseq report "$$RUN"
 
-bench: $(READY)  ## window attention against dense attention, on this machine
-	@$(BIN)/python benchmarks/attention.py $(ARGS)
+bench: $(READY)  ## window attention against dense attention; quality against denoiser calls
+	@$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.sampling
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check

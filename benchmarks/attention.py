@@ -1,6 +1,6 @@
 """Window attention against dense attention: seconds of one forward and backward pass, on this CPU.
 
-    python benchmarks/attention.py [--lengths 1024 2048 4096 8192] [--window 128]
+    python -m benchmarks.attention [--lengths 1024 2048 4096 8192] [--window 128]
 
 Ratios are within one run, each engine timed in turn; absolute times are of this machine alone.
 """

@@ -15,7 +15,7 @@ from mdseq.data.batch import Batch, StepTotals
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.generate.sampler import SamplerOptions, sample
-from mdseq.spec import RunSpec
+from mdseq.spec import RunSpec, load_spec
 
 FIRST = len(SpecialToken)
 SOURCE_WORDS = 32
@@ -73,6 +73,22 @@ def train(spec: RunSpec, steps: int, m_norm: float, rows: int = 64) -> Diffusion
         objective.timesteps.end_step()
         objective.balance.end_step()
     return objective.eval()
+
+
+def learned_objective() -> DiffusionObjective:
+    """A model of two layers after 800 steps, about a minute and a half.
+
+    Its absorbing state starts, and is left, far from zero, so that ignoring it shows.
+    """
+    spec = load_spec(
+        None,
+        [
+            "model.embedding_dim=32", "model.hidden_dim=128", "model.num_layers=2", "model.num_heads=4",
+            "attention.window=24", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=128",
+            "diffusion.absorbing_weight=0.0", "optimiser.learning_rate=2e-3",
+        ],
+    ).spec  # fmt: skip
+    return train(spec, steps=800, m_norm=300.0)
 
 
 def accuracy(objective: DiffusionObjective, num_steps: int = 20, **changes: Any) -> float:

@@ -11,24 +11,14 @@ import torch
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.generate import sampler
 from mdseq.generate.sampler import SamplerOptions
-from mdseq.spec import load_spec
-from tests.e2e.dictionary_task import accuracy, batch_of, train
+from tests.e2e.dictionary_task import accuracy, batch_of, learned_objective
 
 BAR = 0.95
 
 
 @pytest.fixture(scope="module")
 def learned():
-    """800 steps, about two minutes; the absorbing state starts, and is left, far from zero, so that it matters."""
-    spec = load_spec(
-        None,
-        [
-            "model.embedding_dim=32", "model.hidden_dim=128", "model.num_layers=2", "model.num_heads=4",
-            "attention.window=24", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=128",
-            "diffusion.absorbing_weight=0.0", "optimiser.learning_rate=2e-3",
-        ],
-    ).spec  # fmt: skip
-    return train(spec, steps=800, m_norm=300.0)
+    return learned_objective()
 
 
 @pytest.mark.parametrize("solver", ["dpm", "ddpm"])

@@ -19,22 +19,14 @@ from data_prep import audit
 from data_prep.run import FORMATS, BuildOptions, build
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import Manifest, SplitEntry
-from mdseq.errors import UserError
+from mdseq.errors import exit_status
 
 
 def main(arguments: Sequence[str]) -> int:
     # Long options may be spelled with hyphens or underscores.
     spelled = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in arguments]
     options = _parser().parse_args(spelled)
-    try:
-        options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was kept", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: options.command(options), "interrupted; nothing was kept")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdseq.errors import UserError
+from mdseq.errors import UserError, exit_status
 
 if TYPE_CHECKING:
     from mdseq.model.saved import SavedModel
@@ -24,16 +24,10 @@ DEFAULT_LENGTH = 128
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return exit_status(lambda: options.command(options), "interrupted")
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stderr.close()
-    return 0
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

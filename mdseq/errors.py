@@ -1,9 +1,24 @@
-"""The one exception that a user, rather than a developer, is meant to read."""
+"""The one exception that speaks to the user, and how a command line ends."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake outside the code: an argument, a file, a folder, a setting.
+    """A mistake the user can mend: the message says what is wrong, where, what is allowed and how to fix it.
 
-    The message stands alone: what was wrong, where, what is allowed and how to fix it. Command lines print it
-    without a traceback and exit with status 2.
+    Commands print the message alone, without a traceback, and exit with status 2.
     """
+
+
+def exit_status(command: Callable[[], object], when_interrupted: str) -> int:
+    """Run a command: 0 when it is done, 2 after a mistake of the user, 130 after Ctrl-C; one message for each."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(when_interrupted, file=sys.stderr)
+        return 130
+    return 0

@@ -132,6 +132,8 @@ def _read_records(path: Path, key: str) -> list[dict[str, Any]]:
         raise UserError(f"cannot read --input {path}: {error}") from None
     records = []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
         except ValueError as error:

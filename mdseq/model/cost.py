@@ -52,9 +52,10 @@ def memory_per_rank(
 ) -> dict[str, float]:
     """Estimated GiB on the device of one rank, by component.
 
-    State is exact arithmetic. Activations count what the backward pass keeps of each layer for one micro-batch: about
-    16 d per token for attention and norms, 3 f per token and chosen expert, the window's attention weights, and the
-    vocabulary logits twice. Temporary buffers and fragmentation are not in it.
+    State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch: of each layer about
+    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and the logits of the vocabulary in
+    fp32, their log-softmax and the gradients of both. What the process holds besides, such as libraries and buffers for
+    communication, is not in it.
     """
     parameters = count_parameters(config, spec.diffusion.absorbing)
     value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
@@ -65,14 +66,12 @@ def memory_per_rank(
     tokens = spec.data.micro_batch_size * spec.data.row_length
     d, layers = config.hidden_dim, config.num_layers
     chosen = config.top_k if config.num_experts else 1
-    window = config.windows[0]
-    keys = spec.data.row_length if window is None else 3 * window
-    per_token_layer = 16 * d + 3 * config.feedforward_dim * chosen + 2 * d * chosen + config.num_heads * keys
+    per_token_layer = 16 * d + (3 * config.feedforward_dim + 2 * d) * chosen
     parts = {
         "weights": (sharded if zero_stage == 3 else hosted) * value_bytes,
         "gradients": (sharded if zero_stage >= 2 else hosted) * value_bytes,
         "optimiser": 0.0 if offloads_optimiser else sharded * (8 + 4),  # two moments and the fp32 weights
         "average": 0.0 if offloads_optimiser else sharded * 4,
-        "activations": tokens * (layers * per_token_layer * value_bytes + 2 * 4 * config.vocab_size),
+        "activations": tokens * (layers * per_token_layer * value_bytes + 4 * 4 * config.vocab_size),
     }
     return {name: size / 2**30 for name, size in parts.items()}

@@ -76,7 +76,7 @@ def train(spec: RunSpec, steps: int, m_norm: float, rows: int = 64) -> Diffusion
 
 
 def learned_objective() -> DiffusionObjective:
-    """A model of two layers after 800 steps, about a minute and a half.
+    """A model of two layers after 1000 steps, about two minutes.
 
     Its absorbing state starts, and is left, far from zero, so that ignoring it shows.
     """
@@ -88,7 +88,7 @@ def learned_objective() -> DiffusionObjective:
             "diffusion.absorbing_weight=0.0", "optimiser.learning_rate=2e-3",
         ],
     ).spec  # fmt: skip
-    return train(spec, steps=800, m_norm=300.0)
+    return train(spec, steps=1000, m_norm=100.0)
 
 
 def accuracy(objective: DiffusionObjective, num_steps: int = 20, **changes: Any) -> float:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mdseq.spec import RunSpec, Section
+from mdseq.settings import Section
+from mdseq.spec import RunSpec
 
 PAGE = Path(__file__).parent / "run_spec.md"
 

@@ -9,28 +9,19 @@ Importing this module needs neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
-import difflib
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from mdseq.errors import UserError
+from mdseq.settings import Resolved, Section, read_toml, resolve
 
 SPEC_DIR = Path(__file__).resolve().parent.parent / "launcher" / "specs"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """A frozen part of the spec; unknown keys and non-finite numbers are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSpec(Section):
@@ -193,28 +184,8 @@ class RunSpec(Section):
             )
         return self
 
-    def to_toml(self) -> str:
-        """The whole spec, defaults included, as TOML that `load_spec` reads back."""
-        return tomli_w.dumps(self.model_dump(mode="json"))
 
-
-@dataclass(frozen=True)
-class ResolvedSpec:
-    """A spec and where each of its values came from.
-
-    `origins` maps a dotted path to "file" or "command line"; what it lacks is a default.
-    """
-
-    spec: RunSpec
-    origins: Mapping[str, str]
-
-    def rows(self) -> list[tuple[str, str, str]]:
-        """(path, value, origin) of every value, in the order of the spec."""
-        leaves = flatten(self.spec.model_dump(mode="json"))
-        return [(path, str(value), self.origins.get(path, "default")) for path, value in leaves.items()]
-
-
-def load_spec(path: Path | None, overrides: Iterable[str] = ()) -> ResolvedSpec:
+def load_spec(path: Path | None, overrides: Iterable[str] = ()) -> Resolved[RunSpec]:
     """Read a spec file, apply `section.key=value` overrides and validate the result.
 
     Args:
@@ -224,20 +195,8 @@ def load_spec(path: Path | None, overrides: Iterable[str] = ()) -> ResolvedSpec:
     Raises:
         UserError: Naming every problem of the file and the overrides at once.
     """
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    if path is not None:
-        values = _read_toml(path)
-        origins = dict.fromkeys(flatten(values), "file")
-    for override in overrides:
-        key, value = _parse_override(override)
-        _assign(values, key, value, override)
-        origins[key] = "command line"
-    try:
-        spec = RunSpec.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_describe(error, path, origins)) from None
-    return ResolvedSpec(spec, origins)
+    values: dict[str, Any] = read_toml(_spec_file(path)) if path is not None else {}
+    return resolve(RunSpec, "run spec", path, values, overrides)
 
 
 def preset_names() -> list[str]:
@@ -245,88 +204,10 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in SPEC_DIR.glob("*.toml"))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        preset = SPEC_DIR / f"{path}.toml"
-        if not preset.is_file():
-            raise UserError(f"no spec at {path}; give a TOML file or one of the presets {', '.join(preset_names())}")
-        path = preset
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-
-
-def _parse_override(override: str) -> tuple[str, Any]:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"{override!r} is not of the form section.key=value, for example schedule.steps=100")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    return key.strip(), value
-
-
-def _assign(values: dict[str, Any], key: str, value: Any, override: str) -> None:
-    *sections, leaf = key.split(".")
-    for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
-            raise UserError(f"{override!r}: {section} is a single value, not a section")
-        values = inner
-    values[leaf] = value
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted paths."""
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            leaves |= flatten(value, f"{prefix}{key}.")
-        else:
-            leaves[prefix + key] = value
-    return leaves
-
-
-def _known_paths() -> list[str]:
-    return list(flatten(RunSpec().model_dump()))
-
-
-def _describe(error: ValidationError, path: Path | None, origins: Mapping[str, str]) -> str:
-    """One paragraph a problem: path, value, origin, what is allowed and the fix."""
-    problems = []
-    for item in error.errors():
-        location = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "value_error":  # a check over several keys: its message names them itself
-            problems.append(f"  {item['ctx']['error']}")
-            continue
-        origin = origins.get(location) or _nearby_origin(location, origins)
-        if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(location, [*RunSpec.model_fields, *_known_paths()], n=1)
-            advice = f"did you mean {close[0]}?" if close else "remove it; `--dry_run` lists every key"
-            problems.append(f"  {location} (from {origin}) is not a key of the run spec; {advice}")
-        else:
-            allowed = item["msg"].removeprefix("Input ")
-            problems.append(f"  {location} = {item['input']!r} (from {origin}) {allowed}{_purpose(location)}")
-    source = f"{path}" if path is not None else "the run spec"
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return f"{count} in {source}:\n" + "\n".join(problems)
-
-
-def _nearby_origin(location: str, origins: Mapping[str, str]) -> str:
-    """Where a section came from of which only single keys have an origin, or a key of which only the section has."""
-    for path, origin in origins.items():
-        if f"{location}.".startswith(f"{path}.") or path.startswith(f"{location}."):
-            return origin
-    return "file"
-
-
-def _purpose(location: str) -> str:
-    section, _, key = location.partition(".")
-    model = RunSpec.model_fields.get(section)
-    annotation = model.annotation if model is not None else None
-    if not (key and isinstance(annotation, type) and issubclass(annotation, Section)):
-        return ""
-    field = annotation.model_fields.get(key.partition(".")[0])
-    return f" ({field.description})" if field is not None and field.description else ""
+def _spec_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    preset = SPEC_DIR / f"{path}.toml"
+    if not preset.is_file():
+        raise UserError(f"no spec at {path}; give a TOML file or one of the presets {', '.join(preset_names())}")
+    return preset

@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 # Rooms and their floors. Rooms of one floor do not know each other; the ground is open to all.
 FLOORS = {
-    "mdseq.errors": 0,
-    "mdseq.__version__": 0,
+    "mdseq.errors": -1,
+    "mdseq.__version__": -1,
+    "mdseq.settings": 0,
     "mdseq.spec": 1,
     "mdseq.noise": 1,
     "mdseq.sparse": 1,

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdseq.errors import UserError
-from mdseq.spec import SPEC_DIR, RunSpec, flatten, load_spec, preset_names
+from mdseq.settings import flatten
+from mdseq.spec import SPEC_DIR, RunSpec, load_spec, preset_names
 
 
 def write(folder: Path, text: str) -> Path:

@@ -1,16 +1,17 @@
 """The dataset on disk, the contract between builder and trainer; `docs/data_format.md` is its prose.
 
-A dataset is a folder: `manifest.json`, `tokenizer.model`, and shards `train-00000.arrow`,
-`valid-00000.arrow`, ... A shard is an uncompressed Arrow IPC *file* (it has a footer, so it can be memory
-mapped and opened in milliseconds), one row a document.
+A dataset is a folder: `manifest.json`, `tokenizer.model`, `plan.json` (what it was built from) and shards
+`train-00000.arrow`, `valid-00000.arrow`, ... A shard is an uncompressed Arrow IPC *file* (it has a footer, so it can be
+memory mapped and opened in milliseconds), one row a document, all of one source.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,13 +20,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.model"
 REJECTED_FILE = "rejected.jsonl"
+PLAN_FILE = "plan.json"
 DOCUMENT_ID_BYTES = 16
 
-Split = Literal["train", "valid"]
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Kind = Literal["text", "pair"]
 TokenDtype = Literal["uint16", "uint32"]
 
@@ -44,13 +47,47 @@ class ShardEntry(_Record):
     sha256: str
 
 
-class SplitEntry(_Record):
-    """The shards of a split, in order, and their totals; `text_bytes` counts UTF-8 text before encoding."""
+class Totals(_Record):
+    """`text_bytes` counts the UTF-8 text that the tokens decode to."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    @classmethod
+    def of(cls, parts: Iterable[Totals]) -> Totals:
+        """Their sums."""
+        parts = tuple(parts)
+        return Totals(
+            documents=sum(part.documents for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            text_bytes=sum(part.text_bytes for part in parts),
+        )
+
+
+class SplitOfSource(Totals):
+    """One source's part of a split: its shards, in order."""
 
     shards: tuple[ShardEntry, ...]
-    documents: int
-    tokens: int
-    text_bytes: int
+
+
+class SplitEntry(Totals):
+    """A split: the parts of the sources that have documents in it, in the order of the manifest's sources."""
+
+    sources: dict[str, SplitOfSource]
+
+    @classmethod
+    def combine(cls, sources: dict[str, SplitOfSource]) -> SplitEntry:
+        return cls(sources=sources, **Totals.of(sources.values()).model_dump())
+
+
+class SourceEntry(_Record):
+    """A source as a whole: `read` = the documents of all its splits + all that was rejected, by reason."""
+
+    weight: float | None
+    path_header: str
+    read: int
+    rejected: dict[str, int]
 
 
 class Manifest(_Record):
@@ -63,14 +100,17 @@ class Manifest(_Record):
     vocab_size: int
     dtype: TokenDtype
     special_tokens: dict[str, int]
+    sources: dict[str, SourceEntry]
     splits: dict[Split, SplitEntry]
-    rejected: dict[str, int]
-    options: dict[str, Any]
 
     def content_fingerprint(self) -> str:
-        """Hash of format version, tokenizer, options and the ordered hashes of the shards."""
-        shards = {split: [shard.sha256 for shard in entry.shards] for split, entry in self.splits.items()}
-        identity = [self.format_version, self.tokenizer_fingerprint, self.options, shards]
+        """Hash of format version, tokenizer, kind, the sources' weights, and the ordered hashes of the shards."""
+        weights = {name: source.weight for name, source in self.sources.items()}
+        shards = {
+            split: {name: [shard.sha256 for shard in part.shards] for name, part in entry.sources.items()}
+            for split, entry in self.splits.items()
+        }
+        identity = [self.format_version, self.tokenizer_fingerprint, self.kind, weights, shards]
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def signed(self) -> Manifest:
@@ -132,20 +172,42 @@ def shard_schema(dtype: TokenDtype, tokenizer_fingerprint: str) -> pa.Schema:
             pa.field("target_start", pa.int64(), nullable=False),
             pa.field("document_id", pa.binary(DOCUMENT_ID_BYTES), nullable=False),
             pa.field("source", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("origin", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("row", pa.int64(), nullable=False),
         ],
         metadata={"format_version": str(FORMAT_VERSION), "tokenizer_fingerprint": tokenizer_fingerprint},
     )
 
 
-def document_id(text: str, target: str | None) -> bytes:
-    """Content hash of a document, or of a source and its target; the same wherever the document is found."""
-    digest = hashlib.blake2b(digest_size=DOCUMENT_ID_BYTES)
-    for part in (text,) if target is None else (text, target):
-        content = part.encode()
+class DocumentHash:
+    """Content hash of a document, fed piece by piece; the same wherever the document is found."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.blake2b(digest_size=DOCUMENT_ID_BYTES)
+        self._part_bytes = 0
+
+    def update(self, content: bytes) -> None:
+        """Add UTF-8 text of the present part."""
+        self._digest.update(content)
+        self._part_bytes += len(content)
+
+    def end_part(self) -> None:
+        """End the text, or the source or target of a pair."""
         # The length keeps the pair ("ab", "c") apart from ("a", "bc").
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.digest()
+        self._digest.update(self._part_bytes.to_bytes(8, "little"))
+        self._part_bytes = 0
+
+    def document_id(self) -> bytes:
+        return self._digest.digest()
+
+
+def document_id(*parts: str) -> bytes:
+    """`DocumentHash` of a text, or of a source and its target."""
+    digest = DocumentHash()
+    for part in parts:
+        digest.update(part.encode())
+        digest.end_part()
+    return digest.document_id()
 
 
 def file_sha256(path: Path) -> str:

@@ -12,12 +12,13 @@ from mdseq.data.format import Manifest
 from mdseq.engine.config import EngineConfig
 from mdseq.model.cost import count_parameters, memory_per_rank
 from mdseq.model.denoiser import DenoiserConfig
-from mdseq.spec import ResolvedSpec
+from mdseq.settings import Resolved
+from mdseq.spec import RunSpec
 
 ASSUMED_VOCAB_SIZE = 16_384
 
 
-def print_dry_run(resolved: ResolvedSpec, engine: EngineConfig) -> None:
+def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     """Print the spec with where each value came from, the engine's configuration, and the run's size."""
     console = Console(width=None if Console().is_terminal else 110)
     spec = resolved.spec

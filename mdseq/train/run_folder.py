@@ -16,7 +16,8 @@ from mdseq import __version__
 from mdseq.engine.checkpoint import CheckpointManifest, whole_checkpoints
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
-from mdseq.spec import RunSpec, flatten
+from mdseq.settings import flatten
+from mdseq.spec import RunSpec
 
 SPEC_FILE = "spec.toml"
 _PACKAGES = ("torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")

@@ -1,0 +1,156 @@
+"""The prep spec: which text becomes a dataset, and how; validated once, in one place.
+
+Read from a TOML file, or made of the command line's options, which are short names for its keys.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mdseq.settings import Section
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+SourceFormat = Literal["auto", "text", "lines", "jsonl", "csv", "parquet", "arrow", "code"]
+
+
+class SourceSpec(Section):
+    """Text of one kind, from one place."""
+
+    name: SourceName = Field("", validate_default=False, description="default: the last part of the path")
+    path: str | tuple[str, ...] = Field(description="file, folder or glob, or a list of them; from the spec's folder")
+    format: SourceFormat = Field("auto", description="auto: by file name, records rather than the text beside them")
+    exclude: tuple[str, ...] = Field((), description="names or paths to skip, with * and ?")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of the rows that training takes from here; all sources have one, or none"
+    )
+    split: Literal["hash", "name", "train", "valid", "test"] = Field(
+        "hash", description="by document id; by the start of the file's name; or everything into one"
+    )
+    text: str = Field("", description="field of a record, or a template such as '{title}\\n\\n{body}'")
+    source: str = Field("", description="field or template of a pair's source")
+    target: str = Field("", description="field or template of a pair's target")
+    turns: str = Field("", description="field that holds the turns of a dialogue")
+    turn: str = Field("{0}: {1}\n", description="template of a turn: its items by number, or its fields by name")
+    last_turn_is_target: bool = Field(False, description="a dialogue becomes a pair: the last turn, given the others")
+    path_header: str = Field("# {path}\n", description="first line of each file of a source tree; empty for none")
+
+    @model_validator(mode="after")
+    def _one_kind_of_document(self) -> Self:
+        if bool(self.source) != bool(self.target):
+            raise ValueError("a pair needs both source and target; give the other one as well")
+        given = [key for key in ("text", "source", "turns") if getattr(self, key)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other: a record is a text, a pair or a dialogue")
+        return self
+
+
+class VocabularySpec(Section):
+    """The SentencePiece model."""
+
+    size: Annotated[int, Field(ge=512)] = Field(16_384, description="tokens to train; 256 of them spell bytes")
+    model: Literal["unigram", "bpe"] = Field("unigram", description="kind of model to train")
+    tokenizer: str = Field("", description="take this model, or that of this dataset, and train none")
+
+
+class CleaningSpec(Section):
+    """What is changed in documents, and which are set aside. By default nothing is changed."""
+
+    normalise: Literal["none", "NFC", "NFKC"] = Field("none", description="Unicode normal form")
+    line_endings: Literal["keep", "unix"] = Field("keep", description="unix: CR LF and CR become LF")
+    control_characters: Literal["keep", "remove", "reject"] = Field(
+        "keep", description="what becomes of those but tab and line ends (categories Cc and Cf but joiners)"
+    )
+    min_characters: Count = Field(0, description="set shorter documents aside")
+    max_characters: Count = Field(0, description="set longer documents aside; 0 for no limit")
+    max_repetition: Fraction = Field(1.0, description="largest share of word 10-grams seen before in the document")
+    exact_duplicates: Literal["keep", "drop"] = Field("keep", description="drop: the first of equal documents stays")
+    near_duplicates: Fraction = Field(
+        0.0, description="drop documents whose word 5-grams overlap an earlier one's by this much (Jaccard); 0 for none"
+    )
+    evaluation: tuple[str, ...] = Field((), description="files whose text must not be trained on; fields as `src`...")
+    evaluation_ngram: Positive = Field(13, description="words in a row that count as contamination")
+    max_faulty_fraction: Fraction = Field(0.1, description="stop when more records than this cannot be read")
+    max_filtered_fraction: Fraction = Field(0.9, description="stop when the filters set more documents aside than this")
+
+
+class SplitsSpec(Section):
+    """Shares of the splits where a source is split by hash; stable when the data grows."""
+
+    valid_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.01, description="share held out for validation")
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="share held out for tests")
+
+    @model_validator(mode="after")
+    def _some_is_left(self) -> Self:
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError("splits.valid_fraction and splits.test_fraction leave nothing to train on; lower them")
+        return self
+
+
+class ShardsSpec(Section):
+    """How the work and the output are cut."""
+
+    text_mb: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="text in a shard, in 10^6 bytes; 0: a 32nd of all, 2 to 1,000"
+    )
+    max_record_mb: Annotated[float, Field(gt=0)] = Field(
+        32.0, description="longest record of jsonl, csv, parquet or arrow; a worker needs up to ten times as much"
+    )
+
+
+class ClusterSpec(Section):
+    """What each task of a Slurm job array asks for; what is empty is the cluster's default."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time_minutes: Positive = Field(240, description="time limit of a task; what is unfinished is taken up again")
+    memory_gb: Annotated[float, Field(gt=0)] = Field(2.0, description="memory of a task")
+    setup: tuple[str, ...] = Field((), description="shell lines to run before a task")
+
+
+class PrepSpec(Section):
+    """One dataset, whole."""
+
+    sources: tuple[SourceSpec, ...] = Field(min_length=1, description="where the text is")
+    vocabulary: VocabularySpec = VocabularySpec()
+    cleaning: CleaningSpec = CleaningSpec()
+    splits: SplitsSpec = SplitsSpec()
+    shards: ShardsSpec = ShardsSpec()
+    cluster: ClusterSpec = ClusterSpec()
+
+    @field_validator("sources")
+    @classmethod
+    def _named(cls, sources: tuple[SourceSpec, ...]) -> tuple[SourceSpec, ...]:
+        """Give each source a name of its own."""
+        named: dict[str, SourceSpec] = {}
+        for source in sources:
+            name = source.name or default_name(source.path)
+            if name in named:
+                raise ValueError(f"two sources are called {name}; give each a name of its own")
+            named[name] = source.model_copy(update={"name": name})
+        return tuple(named.values())
+
+    @model_validator(mode="after")
+    def _all_or_no_weights(self) -> Self:
+        without = [source.name for source in self.sources if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(f"sources without a weight: {', '.join(without)}; give all sources one, or none")
+        return self
+
+
+def default_name(path: str | tuple[str, ...]) -> str:
+    """Name of a source that was given none: the last part of its first path that has no wildcard, made plain."""
+    first = path if isinstance(path, str) else path[0]
+    parts = [part for part in Path(first).absolute().parts if not set(part) & set("*?[")]
+    stem = parts[-1].partition(".")[0] if parts and Path(first).suffix else (parts[-1] if parts else "")
+    plain = "".join(character if character.isascii() and character.isalnum() else "-" for character in stem)
+    return plain.strip("-")[:64] or "text"
+
+

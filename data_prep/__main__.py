@@ -1,4 +1,4 @@
-"""Command line of the builder: `python -m data_prep build|verify|stats|show`.
+"""Command line of the builder: `python -m data_prep plan|build|tokenizer|verify|stats|show|pairs`.
 
 Exit status: 0 done, 2 a mistake of the user (one message, no traceback), 130 interrupted.
 """
@@ -6,84 +6,188 @@ Exit status: 0 done, 2 a mistake of the user (one message, no traceback), 130 in
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from data_prep import audit
-from data_prep.run import FORMATS, BuildOptions, build
-from mdseq.data.corpus import Corpus
-from mdseq.data.format import Manifest, SplitEntry
-from mdseq.errors import exit_status
+from data_prep.pairs import write_pairs
+from data_prep.run import Where, build, plan_build, train_tokenizer
+from data_prep.spec import PrepSpec, SourceFormat, load_prep_spec
+from mdseq.data.format import REJECTED_FILE, SPLITS, Manifest
+from mdseq.errors import UserError, exit_status
+
+# Options that are short names for keys of the prep spec.
+OF_SOURCES = ("format", "text", "source", "target", "turns", "turn", "split", "path_header")
+SHORT_NAMES = {
+    "vocab": "vocabulary.size",
+    "model": "vocabulary.model",
+    "tokenizer": "vocabulary.tokenizer",
+    "valid_fraction": "splits.valid_fraction",
+    "test_fraction": "splits.test_fraction",
+}
+OVERRIDE = re.compile(rf"({'|'.join(PrepSpec.model_fields)})\.[\w.]+=")
 
 
 def main(arguments: Sequence[str]) -> int:
     # Long options may be spelled with hyphens or underscores.
     spelled = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in arguments]
     options = _parser().parse_args(spelled)
-    return exit_status(lambda: options.command(options), "interrupted; nothing was kept")
+    return exit_status(lambda: options.command(options), "interrupted; the same command goes on where it stopped")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("build", help="text in, dataset out")
+    command = commands.add_parser("build", help="text in, dataset out; again after an interruption, goes on")
     command.set_defaults(command=_build)
-    command.add_argument("data", type=Path, metavar="DATA", help="a file, or a folder to read in full")
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="dataset to create")
-    command.add_argument("--vocab", type=int, default=BuildOptions.vocab, metavar="N", help="vocabulary to train")
-    command.add_argument("--tokenizer", type=Path, metavar="MODEL", help="take this model, train none")
-    command.add_argument("--format", choices=FORMATS, default=BuildOptions.format)
-    command.add_argument("--text_key", default=BuildOptions.text_key, help="JSONL field that holds the text")
-    command.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="skip matching names or paths; repeatable",
+    _add_spec(command)
+    _add_out(command)
+    command.add_argument("--cluster", choices=("slurm",), help="build the shards as job arrays instead of here")
+    command.add_argument("--tasks", type=int, default=16, metavar="N", help="tasks of a job array; default 16")
+
+    command = commands.add_parser(
+        "plan", help="freeze inputs and shards, and show them; `build` then starts from there"
     )
-    command.add_argument("--valid_fraction", type=float, default=BuildOptions.valid_fraction, metavar="F")
-    command.add_argument("--max_rejected_fraction", type=float, default=BuildOptions.max_rejected_fraction, metavar="F")
-    command.add_argument("--max_shard_tokens", type=int, default=BuildOptions.max_shard_tokens, metavar="N")
-    command.add_argument("--workers", type=int, default=BuildOptions.workers, metavar="N", help="processes")
+    command.set_defaults(command=_plan)
+    _add_spec(command)
+    _add_out(command)
+
+    command = commands.add_parser("tokenizer", help="train a vocabulary alone, for --tokenizer")
+    command.set_defaults(command=_tokenizer)
+    _add_spec(command)
+    command.add_argument("--out", type=Path, required=True, metavar="MODEL", help="model file to create")
 
     command = commands.add_parser("verify", help="check every byte of a dataset")
     command.set_defaults(command=_verify)
     command.add_argument("dir", type=Path, metavar="DIR")
 
-    command = commands.add_parser("stats", help="sizes and lengths")
+    command = commands.add_parser("stats", help="sizes and lengths, as tables and as a picture")
     command.set_defaults(command=_stats)
     command.add_argument("dir", type=Path, metavar="DIR")
+    command.add_argument("--png", type=Path, metavar="PNG", help="default: DIR with .png behind it")
 
     command = commands.add_parser("show", help="one document as text, its boundaries visible")
     command.set_defaults(command=_show)
     command.add_argument("dir", type=Path, metavar="DIR")
     command.add_argument("document", type=int, metavar="N")
-    command.add_argument("--split", choices=("train", "valid"), default="train")
+    command.add_argument("--split", choices=SPLITS, default="train")
+
+    command = commands.add_parser("pairs", help="pairs of code and docstring from Python source trees")
+    command.set_defaults(command=_pairs)
+    command.add_argument("trees", type=Path, nargs="+", metavar="TREE", help="file or folder of Python sources")
+    command.add_argument("--out", type=Path, required=True, metavar="JSONL", help="file to create, .jsonl or .jsonl.gz")
     return parser
 
 
+def _add_spec(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "data",
+        nargs="+",
+        metavar="DATA",
+        help="a file, folder or glob of text, several, NAME=PATH to name one; or one prep spec (.toml); "
+        "section.key=value changes a key of the spec (docs/prep_spec.md)",
+    )
+    command.add_argument("--format", choices=get_args(SourceFormat), help="default: auto")
+    command.add_argument("--text", metavar="FIELD", help="field of a record, or template: '{title}: {body}'")
+    command.add_argument("--source", metavar="FIELD", help="field or template of a pair's source")
+    command.add_argument("--target", metavar="FIELD", help="field or template of a pair's target")
+    command.add_argument("--turns", metavar="FIELD", help="field with the turns of a dialogue")
+    command.add_argument("--turn", metavar="TEMPLATE", help="a turn's items by number or name; default '{0}: {1}\\n'")
+    command.add_argument("--last_turn_is_target", action="store_true", help="make pairs of dialogues")
+    command.add_argument("--split", choices=("hash", "name", *SPLITS), help="how documents are split; default: hash")
+    command.add_argument("--path_header", metavar="TEMPLATE", help="first line of a source file; default '# {path}\\n'")
+    command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="names or paths to skip")
+    command.add_argument(
+        "--weight", action="append", default=[], metavar="NAME=W", help="share of a source in training"
+    )
+    command.add_argument("--vocab", metavar="N", help="tokens of the vocabulary to train; default 16384")
+    command.add_argument("--model", choices=("unigram", "bpe"), help="kind of vocabulary; default unigram")
+    command.add_argument("--tokenizer", metavar="PATH", help="take this model, or that of a dataset, and train none")
+    command.add_argument("--valid_fraction", metavar="F", help="share held out for validation; default 0.01")
+    command.add_argument("--test_fraction", metavar="F", help="share held out for tests; default 0")
+    command.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes; default: one a core"
+    )
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="dataset to create")
+
+
+def _spec_of(options: argparse.Namespace) -> PrepSpec:
+    if options.workers < 1:
+        raise UserError(f"WORKERS={options.workers} is not allowed; give 1 or more")
+    overrides = [word for word in options.data if OVERRIDE.match(word)]
+    data = [word for word in options.data if not OVERRIDE.match(word)]
+    if not data:
+        raise UserError("give DATA, a file, a folder or a glob of text, or a prep spec (.toml)")
+    of_sources: dict[str, Any] = {
+        name: getattr(options, name) for name in OF_SOURCES if getattr(options, name) is not None
+    }
+    for name in ("turn", "path_header", "text", "source", "target"):
+        if name in of_sources:  # as a shell passes it
+            of_sources[name] = of_sources[name].replace("\\n", "\n").replace("\\t", "\t")
+    if options.last_turn_is_target:
+        of_sources["last_turn_is_target"] = True
+    if options.exclude:
+        of_sources["exclude"] = tuple(options.exclude)
+    short = [
+        f"{key}={getattr(options, name)}" for name, key in SHORT_NAMES.items() if getattr(options, name) is not None
+    ]
+    weights = dict(weight.partition("=")[::2] for weight in options.weight)
+    return load_prep_spec(data, of_sources, weights, [*short, *overrides])
+
+
+def _where(options: argparse.Namespace) -> Where:
+    if options.tasks < 1:
+        raise UserError(f"--tasks {options.tasks} is not allowed; give 1 or more")
+    return Where(options.workers, options.tasks if options.cluster else 0)
+
+
 def _build(options: argparse.Namespace) -> None:
-    fields = {name: value for name, value in vars(options).items() if name != "command"}
-    build_options = BuildOptions(**fields | {"exclude": tuple(options.exclude)})
     started = time.monotonic()
-    manifest = build(build_options)
-    seconds = time.monotonic() - started
+    spec = _spec_of(options)
+    built = build(spec, options.out, _where(options))
+    manifest, seconds = built.manifest, time.monotonic() - started
+    if built.was_there:
+        print(f"{options.out} is there already, built of the same inputs in the same way; nothing to do")
+        return
     text_bytes = sum(entry.text_bytes for entry in manifest.splits.values())
-    table = _table(f"{build_options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
+    table = _table(f"{options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
     table.caption = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; fingerprint {manifest.fingerprint[:16]}"
     Console().print(table)
-    if manifest.rejected:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.rejected.items())
-        print(f"rejected: {reasons}; listed in {build_options.out / 'rejected.jsonl'}")
-    if not build_options.tokenizer and manifest.vocab_size < build_options.vocab:
-        print(f"the text supports {manifest.vocab_size:,} tokens, not the {build_options.vocab:,} asked for")
+    _print_rejected(options.out, manifest)
+    if not spec.vocabulary.tokenizer and manifest.vocab_size < spec.vocabulary.size:
+        print(f"the text supports {manifest.vocab_size:,} tokens, not the {spec.vocabulary.size:,} asked for")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    plan = plan_build(_spec_of(options), options.out, options.workers)
+    table = Table(
+        "source", title=f"{options.out}: planned", caption="`build` with the same arguments goes on from here"
+    )
+    for name in ("files", "text MB", "shards"):
+        table.add_column(name, justify="right")
+    for number, source in enumerate(plan.spec.sources):
+        shards = [shard for shard in plan.shards if shard.source == number]
+        files = {stretch.file for shard in shards for stretch in shard.stretches}
+        megabytes = sum(shard.text_bytes for shard in shards) / 1e6
+        table.add_row(source.name, f"{len(files):,}", f"{megabytes:,.1f}", f"{len(shards):,}")
+    Console().print(table)
+
+
+def _tokenizer(options: argparse.Namespace) -> None:
+    tokenizer = train_tokenizer(_spec_of(options), options.out, options.workers)
+    print(f"wrote {options.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:16]}")
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -91,40 +195,41 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    manifest = Manifest.load(options.dir)
-    table = _table(f"{options.dir}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
-    Console().print(table)
-    lengths = Table("split", title="tokens a document")
-    for split in audit.splits_in_use(manifest):
-        quantiles = audit.length_quantiles(Corpus.open(options.dir, split))
-        if not lengths.rows:
-            for name in quantiles:
-                lengths.add_column(name, justify="right")
-        lengths.add_row(split, *(f"{value:,}" for value in quantiles.values()))
-    Console().print(lengths)
+    raise NotImplementedError
 
 
 def _show(options: argparse.Namespace) -> None:
     print(audit.show(options.dir, options.split, options.document))
 
 
+def _pairs(options: argparse.Namespace) -> None:
+    counts = write_pairs(options.trees, options.out)
+    print(f"wrote {options.out}: {counts}")
+
+
 def _table(title: str, manifest: Manifest) -> Table:
-    table = Table("split", title=title)
+    table = Table("split", "source", title=title)
     for name in ("documents", "tokens", "text MB", "tokens/byte", "shards"):
         table.add_column(name, justify="right")
     for split, entry in manifest.splits.items():
-        table.add_row(split, *_row(entry))
+        for name, part in entry.sources.items():
+            table.add_row(
+                split,
+                name,
+                f"{part.documents:,}",
+                f"{part.tokens:,}",
+                f"{part.text_bytes / 1e6:,.1f}",
+                f"{part.tokens / max(part.text_bytes, 1):.3f}",
+                f"{len(part.shards):,}",
+            )
     return table
 
 
-def _row(entry: SplitEntry) -> tuple[str, ...]:
-    return (
-        f"{entry.documents:,}",
-        f"{entry.tokens:,}",
-        f"{entry.text_bytes / 1e6:,.1f}",
-        f"{entry.tokens / max(entry.text_bytes, 1):.3f}",
-        f"{len(entry.shards):,}",
-    )
+def _print_rejected(out: Path, manifest: Manifest) -> None:
+    for name, source in manifest.sources.items():
+        if source.rejected:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.rejected.items())
+            print(f"rejected of {name}: {reasons}; listed in {out / REJECTED_FILE}")
 
 
 if __name__ == "__main__":

@@ -1,159 +1,200 @@
-"""From paths to documents: which files to read, and how each kind of file is cut into documents.
-
-A text file or a source file is one document, exact to the byte. A JSONL file holds a document a line. Nothing
-is dropped silently: whatever cannot become a document is yielded as a Rejection in its place.
-"""
+"""Which files a source is made of, in a fixed order, and what each is read as."""
 
 from __future__ import annotations
 
-import gzip
-import json
+import glob
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
+import pathspec
+
+from data_prep.spec import SourceSpec
+from mdseq.data.format import Split
 from mdseq.errors import UserError
 
-FileFormat = Literal["text", "jsonl", "code"]
-TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst")
-JSONL_SUFFIXES = (".jsonl",)
+FileFormat = Literal["text", "lines", "jsonl", "csv", "parquet", "arrow", "code"]
+
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+TEXT_SUFFIXES = (".txt", ".md", ".markdown", ".rst", ".text")
+RECORD_SUFFIXES: dict[str, FileFormat] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+SPLIT_NAMES: dict[str, Split] = {
+    "train": "train",
+    "valid": "valid",
+    "validation": "valid",
+    "dev": "valid",
+    "test": "test",
+}
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "node_modules"})
-BINARY_PROBE_BYTES = 8192
-EXCERPT_CHARACTERS = 200
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file to read; `name` is its path relative to the folder given, with forward slashes."""
+    """A file to read.
+
+    Attributes:
+        name: Its path relative to the folder given, with forward slashes.
+        split: Where all its documents go, or None where their ids decide.
+    """
 
     path: Path
     name: str
     format: FileFormat
+    split: Split | None
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text, or a source `text` with its `target`; `line` is 0 where the file is one document."""
+def find_files(source: SourceSpec) -> list[SourceFile]:
+    """The files of a source, sorted by name, those of an earlier path first.
 
-    source: str
-    line: int
-    text: str
-    target: str | None = None
+    `auto` means files of records where there are any (text beside records describes them), else text. Hidden names and
+    the folders that tools fill are skipped, and so is a path when it or one of its parts matches a pattern of `exclude`;
+    in a source tree, what its .gitignore files name.
 
-
-@dataclass(frozen=True)
-class Rejection:
-    """What could not become a document, and why."""
-
-    source: str
-    line: int
-    reason: str
-    excerpt: str
-
-
-def find_sources(root: Path, format: str, exclude: tuple[str, ...]) -> list[SourceFile]:
-    """Files under `root` (or `root` itself) to read, sorted by name.
-
-    `auto` means JSONL where there is any (text beside records describes them), else text. Hidden names and
-    the folders that tools fill are skipped, and so is a path when it or one of its parts matches a pattern of
-    `exclude`.
-
-    Raises UserError when there is nothing to read.
+    Raises:
+        UserError: Nothing to read, or a file whose split is to be told by its name, and is not.
     """
-    if not root.exists():
-        raise UserError(f"DATA {root} does not exist; give a file or a folder of text")
-    paths = [root] if root.is_file() else [path for path in _walk(root) if not _excluded(path, root, exclude)]
-    found = _choose(paths, format, by_suffix=format == "auto" or root.is_dir())
-    if not found:
-        raise UserError(
-            f"nothing to read in {root} as FORMAT={format}: {len(paths):,} files looked at; text is "
-            f"{', '.join(TEXT_SUFFIXES)}, records are {', '.join(JSONL_SUFFIXES)}, each plain or .gz; "
-            "for a source tree say FORMAT=code"
-        )
-    base = root.parent if root.is_file() else root
-    named = [SourceFile(path, path.relative_to(base).as_posix(), kind) for path, kind in found]
-    return sorted(named, key=lambda source: source.name)
+    roots = [source.path] if isinstance(source.path, str) else list(source.path)
+    found: list[SourceFile] = []
+    for root in roots:
+        found += sorted(_files_under(root, source), key=lambda file: file.name)
+    unique = list({file.path: file for file in found}.values())
+    if not unique:
+        raise UserError(_nothing_to_read(roots, source))
+    return unique
 
 
-def read_source(source: SourceFile, text_key: str) -> Iterator[Document | Rejection]:
-    """Documents of one file in order. Raises UserError when a compressed file is damaged."""
-    opener = gzip.open if source.path.suffix == ".gz" else open
-    try:
-        with opener(source.path, "rb") as file:
-            if source.format == "jsonl":
-                yield from _records(source.name, file, text_key)
-            else:
-                yield _whole_file(source, file.read())
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{source.path} is not a whole gzip file ({error}); fetch it again, or --exclude it") from None
+def _files_under(root: str, source: SourceSpec) -> Iterator[SourceFile]:
+    path = Path(root)
+    if path.is_file():
+        names = [(path, path.name)]
+    elif path.is_dir():
+        names = [(file, file.relative_to(path).as_posix()) for file in _walk(path, ignored=source.format == "code")]
+    else:
+        names = list(_matches(root))
+        if not names:
+            raise UserError(f"{root} does not exist; give a file, a folder or a glob of text (sources.{source.name})")
+    kept = [(file, name) for file, name in names if not _excluded(name, source.exclude)]
+    for file, name, kind in _choose(kept, source.format, only=path.is_file()):
+        yield SourceFile(file, name, kind, _split_of(file, source))
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _matches(pattern: str) -> Iterator[tuple[Path, str]]:
+    """Files that a glob matches, named from the folder before its first wildcard."""
+    base = Path(*_before_wildcard(Path(pattern).parts)) if Path(pattern).parts else Path()
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        if Path(match).is_file():
+            yield Path(match), Path(os.path.relpath(match, base)).as_posix()
+
+
+def _before_wildcard(parts: tuple[str, ...]) -> list[str]:
+    kept: list[str] = []
+    for part in parts[:-1]:
+        if glob.has_magic(part):
+            break
+        kept.append(part)
+    return kept
+
+
+def _walk(root: Path, ignored: bool) -> Iterator[Path]:
+    """Files below a folder; with `ignored`, without what .gitignore files name, as git reads them."""
+    ignores: dict[str, pathspec.GitIgnoreSpec] = {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in SKIPPED_FOLDERS]
-        paths = (Path(folder, name) for name in names if not name.startswith("."))
-        yield from (path for path in paths if path.is_file())
+        if ignored and ".gitignore" in names:
+            lines = Path(folder, ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
+            ignores[folder] = pathspec.GitIgnoreSpec.from_lines(lines)
+        subfolders[:] = [
+            name
+            for name in sorted(subfolders)
+            if not name.startswith(".")
+            and name not in SKIPPED_FOLDERS
+            and not _is_ignored(Path(folder, name), root, ignores, is_folder=True)
+        ]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.is_file() and not _is_ignored(path, root, ignores, is_folder=False):
+                yield path
 
 
-def _excluded(path: Path, root: Path, exclude: tuple[str, ...]) -> bool:
-    relative = path.relative_to(root)
-    return any(fnmatch(name, pattern) for pattern in exclude for name in (relative.as_posix(), *relative.parts))
+def _is_ignored(path: Path, root: Path, ignores: dict[str, pathspec.GitIgnoreSpec], is_folder: bool) -> bool:
+    """Whether the nearest .gitignore that has a pattern for the path ignores it."""
+    if not ignores:
+        return False
+    folder = path.parent
+    while True:
+        spec = ignores.get(str(folder))
+        if spec is not None:
+            verdict = spec.check_file(path.relative_to(folder).as_posix() + ("/" if is_folder else "")).include
+            if verdict is not None:
+                return verdict
+        if folder == root:
+            return False
+        folder = folder.parent
 
 
-def _choose(paths: list[Path], format: str, by_suffix: bool) -> list[tuple[Path, FileFormat]]:
+def _excluded(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(part, pattern) for pattern in patterns for part in (name, *name.split("/")))
+
+
+def _choose(files: list[tuple[Path, str]], format: str, only: bool) -> Iterator[tuple[Path, str, FileFormat]]:
+    """Each file with what it is read as; `only` a single file may have any name if its format is given."""
+    suffixes = [(path, name, plain_suffix(path)) for path, name in files]
     if format == "code":
-        return [(path, "code") for path in paths]
-    text = [path for path in paths if not by_suffix or _has_suffix(path, TEXT_SUFFIXES)]
-    jsonl = [path for path in paths if not by_suffix or _has_suffix(path, JSONL_SUFFIXES)]
-    if format == "jsonl" or (format == "auto" and jsonl):
-        return [(path, "jsonl") for path in jsonl]
-    return [(path, "text") for path in text]
+        yield from ((path, name, "code") for path, name in files)
+        return
+    records = [(path, name, RECORD_SUFFIXES[suffix]) for path, name, suffix in suffixes if suffix in RECORD_SUFFIXES]
+    texts = [(path, name) for path, name, suffix in suffixes if suffix in TEXT_SUFFIXES]
+    if format == "auto":
+        yield from records or ((path, name, "text") for path, name in texts)
+    elif format in ("text", "lines"):
+        kind: FileFormat = "text" if format == "text" else "lines"
+        yield from ((path, name, kind) for path, name in (files if only else texts))
+    elif only:
+        yield from ((path, name, format) for path, name in files)  # type: ignore[misc]
+    else:
+        yield from (record for record in records if record[2] == format)
 
 
-def _has_suffix(path: Path, suffixes: tuple[str, ...]) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(suffixes)
+def plain_suffix(path: Path) -> str:
+    """Suffix of a file's name, in lower case, before that of its compression."""
+    name = path.name.lower()
+    return Path(name.removesuffix(compression_of(path))).suffix
 
 
-def _whole_file(source: SourceFile, content: bytes) -> Document | Rejection:
-    if source.format == "code" and b"\0" in content[:BINARY_PROBE_BYTES]:
-        return Rejection(source.name, 0, "binary", "")
-    try:
-        return Document(source.name, 0, content.decode())
-    except UnicodeDecodeError:
-        return Rejection(source.name, 0, "not_utf8", _excerpt(content))
+def compression_of(path: Path) -> str:
+    """`.gz`, `.zst`, `.bz2` or `.xz`, or nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
 
 
-def _records(name: str, file: BinaryIO | gzip.GzipFile, text_key: str) -> Iterator[Document | Rejection]:
-    for number, line in enumerate(file, start=1):
-        if line.isspace():
-            continue
-        parsed = _parse(line, text_key)
-        if isinstance(parsed, str):
-            yield Rejection(name, number, parsed, _excerpt(line))
-        else:
-            yield Document(name, number, *parsed)
+def _split_of(path: Path, source: SourceSpec) -> Split | None:
+    if source.split == "hash":
+        return None
+    if source.split != "name":
+        return source.split
+    for name, split in SPLIT_NAMES.items():
+        rest = path.name.lower().removeprefix(name)
+        if rest != path.name.lower() and not rest[:1].isalpha():
+            return split
+    raise UserError(
+        f"{path}: its name does not begin with {', '.join(SPLIT_NAMES)}, and sources.{source.name}.split = name asks for "
+        "that; rename it, leave it out with exclude, or set split to hash"
+    )
 
 
-def _parse(line: bytes, text_key: str) -> list[str] | str:
-    """The text of a record, or its source and target, or the reason why it has none."""
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError:
-        return "not_utf8"
-    except (ValueError, RecursionError):
-        return "not_json"
-    if not isinstance(record, dict):
-        return "not_an_object"
-    keys = (text_key,) if text_key in record else ("src", "trg")
-    if any(key not in record for key in keys):
-        return "missing_field"
-    fields = [record[key] for key in keys]
-    return fields if all(isinstance(field, str) for field in fields) else "not_a_string"
-
-
-def _excerpt(content: bytes) -> str:
-    return content[:EXCERPT_CHARACTERS].decode(errors="replace").rstrip("\n")
+def _nothing_to_read(roots: list[str], source: SourceSpec) -> str:
+    return (
+        f"nothing to read in {', '.join(roots)} as format = {source.format}; text is {', '.join(TEXT_SUFFIXES)}, records "
+        f"are {', '.join(RECORD_SUFFIXES)}, each plain or {', '.join(COMPRESSIONS)} (parquet and arrow plain); for a "
+        "source tree give format = code, for a single file of another name its format"
+    )

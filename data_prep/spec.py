@@ -5,12 +5,15 @@ Read from a TOML file, or made of the command line's options, which are short na
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mdseq.settings import Section
+from data_prep.templates import RecordTemplate
+from mdseq.errors import UserError
+from mdseq.settings import Section, read_toml, resolve
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -48,7 +51,13 @@ class SourceSpec(Section):
         given = [key for key in ("text", "source", "turns") if getattr(self, key)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} exclude each other: a record is a text, a pair or a dialogue")
+        if given:
+            self.record_template()  # names what is malformed
         return self
+
+    def record_template(self) -> RecordTemplate:
+        """How a record becomes a document, once one of text, source or turns is given."""
+        return RecordTemplate.of(self.text, self.source, self.target, self.turns, self.turn, self.last_turn_is_target)
 
 
 class VocabularySpec(Section):
@@ -154,3 +163,61 @@ def default_name(path: str | tuple[str, ...]) -> str:
     return plain.strip("-")[:64] or "text"
 
 
+def load_prep_spec(
+    data: Sequence[str], of_sources: dict[str, Any], weights: Mapping[str, str], overrides: Iterable[str] = ()
+) -> PrepSpec:
+    """A prep spec of what the command line says.
+
+    Args:
+        data: One TOML file; or files, folders and globs, each of which may be given a name, `NAME=PATH`.
+        of_sources: Keys that all sources get.
+        weights: Weight of each source, by its name.
+        overrides: `section.key=value`, in TOML syntax.
+
+    Raises:
+        UserError: Naming every problem at once.
+    """
+    if any(path.endswith(".toml") for path in data):
+        if len(data) > 1 or of_sources or weights:
+            given = (
+                ["another DATA"] * (len(data) > 1) + [f"--{key}" for key in of_sources] + ["--weight"] * bool(weights)
+            )
+            raise UserError(
+                f"a prep spec says where all text is; {', '.join(given)} cannot be given beside it: put it into the file, "
+                "or change a key of it with sources.0.key=value"
+            )
+        path = Path(data[0])
+        values = read_toml(path)
+        _from_folder(values, path.parent)
+        return resolve(PrepSpec, "prep spec", path, values, overrides).spec
+    sources = [_named_source(path) for path in data]
+    names = [source["name"] for source in sources]
+    for name in weights:
+        if name not in names:
+            raise UserError(f"--weight {name}={weights[name]}: no source has that name; allowed: {', '.join(names)}")
+    described = [
+        source | of_sources | ({"weight": weights[source["name"]]} if source["name"] in weights else {})
+        for source in sources
+    ]
+    return resolve(PrepSpec, "prep spec", None, {"sources": described}, overrides).spec
+
+
+def _named_source(path: str) -> dict[str, Any]:
+    name, equals, rest = path.partition("=")
+    if equals and not Path(path).exists():
+        return {"name": name, "path": rest}
+    return {"name": default_name(path), "path": path}
+
+
+def _from_folder(values: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a spec file relative to its own folder; what is malformed is left for the validation."""
+
+    def moved(path: Any) -> Any:
+        if isinstance(path, list):
+            return [moved(part) for part in path]
+        return str(folder / path) if isinstance(path, str) and path else path
+
+    places = [*(values.get("sources") or []), values.get("vocabulary"), values.get("cleaning")]
+    for section in places:
+        for key in {"path", "tokenizer", "evaluation"} & section.keys() if isinstance(section, dict) else ():
+            section[key] = moved(section[key])

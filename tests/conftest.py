@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from data_prep.run import BuildOptions, build
+from data_prep.run import Where, build
+from data_prep.spec import load_prep_spec
 
 WORDS = ("the river runs past an old mill where seven grey cats watch silver fish and dream of snow").split()  # noqa: SIM905
 
@@ -26,6 +27,12 @@ def _sentence(rng: random.Random, num_words: int) -> str:
     return " ".join(rng.choices(WORDS, k=num_words)).capitalize() + ".\n"
 
 
+def _built(folder: Path) -> Path:
+    spec = load_prep_spec([str(folder / "in.jsonl")], {}, {}, ["vocabulary.size=600", "splits.valid_fraction=0.05"])
+    build(spec, folder / "data", Where(workers=1))
+    return folder / "data"
+
+
 @pytest.fixture(scope="session")
 def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty texts of 20 to 400 words."""
@@ -33,8 +40,7 @@ def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(0)
     texts = ["".join(_sentence(rng, 10) for _ in range(rng.randint(2, 40))) for _ in range(40)]
     (folder / "in.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    build(BuildOptions(data=folder / "in.jsonl", out=folder / "data", vocab=600, workers=1))
-    return folder / "data"
+    return _built(folder)
 
 
 @pytest.fixture(scope="session")
@@ -45,5 +51,4 @@ def pair_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [_sentence(rng, rng.randint(2, 6)) for _ in range(200)]
     records = [json.dumps({"src": source, "trg": source.upper()}) for source in sources]
     (folder / "in.jsonl").write_text("\n".join(records))
-    build(BuildOptions(data=folder / "in.jsonl", out=folder / "data", vocab=600, workers=1))
-    return folder / "data"
+    return _built(folder)

@@ -1,248 +1,322 @@
 """A build gives the same bytes however it is run, loses nothing silently, and appears whole or not at all."""
 
-import errno
+from __future__ import annotations
+
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import audit, encode, run, shards
-from data_prep.run import BuildOptions, build
-from data_prep.vocabulary import WindowSample
+from data_prep import audit, jobs, plan, readers
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import Manifest, document_id
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.errors import UserError
+from tests.data_prep.conftest import Build, contents, decoded, texts, write_jsonl
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
-def write_jsonl(path: Path, records: list[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def rejected(manifest: Manifest) -> dict[str, int]:
+    (source,) = manifest.sources.values()
+    return source.rejected
 
 
-def texts(count: int) -> list[dict[str, str]]:
-    return [{"text": f"def mill_{number}(river):\n" + "    river += 1\n" * (number % 9)} for number in range(count)]
+class TestForm:
+    def test_text(self, build_dataset: Build, tokenizer_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("past the mill\n")
+        manifest = build_dataset(tmp_path / "a.txt", tmp_path / "out", "splits.valid_fraction=0")
+        corpus = Corpus.open(tmp_path / "out", "train")
+        body = Tokenizer.load(tokenizer_path).encode("past the mill\n")
+        assert corpus.tokens(0).tolist() == [SpecialToken.BOS, *body, SpecialToken.EOS]
+        assert corpus.target_starts.tolist() == [1]
+        assert corpus.document_id(0) == document_id("past the mill\n")
+        assert (corpus.source(0), corpus.origin(0), corpus.row(0)) == ("a", "a.txt", 0)
+        assert manifest == corpus.manifest
+        assert manifest.splits["train"].text_bytes == len("past the mill\n")
+
+    def test_pair(self, build_dataset: Build, tokenizer_path: Path, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "pairs.jsonl", [{"src": "old mill", "trg": "river"}])
+        build_dataset(data, tmp_path / "out", "splits.valid_fraction=0")
+        corpus = Corpus.open(tmp_path / "out", "train")
+        tokenizer = Tokenizer.load(tokenizer_path)
+        source, target = tokenizer.encode("old mill"), tokenizer.encode("river")
+        form = [SpecialToken.BOS, *source, SpecialToken.SEP, *target, SpecialToken.EOS]
+        assert corpus.tokens(0).tolist() == form
+        assert corpus.target_starts.tolist() == [len(source) + 2]
+        assert corpus.document_id(0) == document_id("old mill", "river")
+        assert corpus.manifest.kind == "pair"
+
+    def test_fields_by_template(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "qa.jsonl", [{"q": "Where?", "context": ["By the mill."], "a": "mill"}])
+        build_dataset(data, tmp_path / "out", source="{q}\n\n{context.0}", target="a")
+        assert decoded(tmp_path / "out") == [("Where?\n\nBy the mill.", "mill")]
+
+    def test_source_tree_with_and_without_header(self, build_dataset: Build, tmp_path: Path) -> None:
+        (tmp_path / "tree" / "lib").mkdir(parents=True)
+        (tmp_path / "tree" / "lib" / "mill.py").write_text("x = 1\n")
+        with_header = build_dataset(tmp_path / "tree", tmp_path / "with", format="code")
+        without = build_dataset(tmp_path / "tree", tmp_path / "without", format="code", path_header="")
+        assert decoded(tmp_path / "with") == [("# lib/mill.py\nx = 1\n",)]
+        assert decoded(tmp_path / "without") == [("x = 1\n",)]
+        ids = [corpus_ids(tmp_path / name) for name in ("with", "without")]
+        assert ids[0] == ids[1], "a document is known by its content, not by where it stands"
+        assert with_header.splits["train"].text_bytes - without.splits["train"].text_bytes in (
+            len("# lib/mill.py\n"),
+            0,
+        )
+        assert audit.verify(tmp_path / "with") == 1
+
+    def test_several_sources(self, build_dataset: Build, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "novels.jsonl", texts(30))
+        (tmp_path / "notes.txt").write_text("by the river")
+        spec = tmp_path / "prep.toml"
+        spec.write_text(
+            '[[sources]]\npath = "novels.jsonl"\nweight = 3\n\n'
+            '[[sources]]\nname = "own"\npath = "notes.txt"\nweight = 1\nsplit = "train"\n'
+        )
+        manifest = build_dataset(spec, tmp_path / "out", "splits.valid_fraction=0.3")
+        assert {name: (source.weight, source.read) for name, source in manifest.sources.items()} == {
+            "novels": (3.0, 30), "own": (1.0, 1),
+        }  # fmt: skip
+        assert manifest.splits["train"].sources["own"].documents == 1
+        assert {name for split in manifest.splits.values() for name in split.sources} == {"novels", "own"}
+        assert Corpus.open(tmp_path / "out", "train", source="own").origin(0) == "notes.txt"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def corpus_ids(folder: Path) -> set[bytes]:
+    manifest = Manifest.load(folder)
+    corpora = [Corpus.open(folder, split) for split, entry in manifest.splits.items() if entry.documents]
+    return {corpus.document_id(document) for corpus in corpora for document in range(corpus.num_documents)}
 
 
-def decoded(folder: Path) -> list[tuple[str, str | None]]:
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    pairs: list[tuple[str, str | None]] = []
-    for split in audit.splits_in_use(Manifest.load(folder)):
-        corpus = Corpus.open(folder, split)
-        for document in range(corpus.num_documents):
-            tokens, start = corpus.tokens(document), corpus.target_starts[document]
-            if corpus.manifest.kind == "text":
-                pairs.append((tokenizer.decode(tokens), None))
-            else:
-                pairs.append((tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])))
-    return pairs
+class TestSameBytes:
+    @pytest.mark.parametrize("workers", [2, 5])
+    def test_from_any_number_of_workers(
+        self, build_dataset: Build, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "{broken" * 9}, *texts(3000), {"body": "none"}])
+        overrides = ("vocabulary.size=512", "splits.valid_fraction=0.1", "cleaning.exact_duplicates=drop")
+        monkeypatch.setattr(plan, "MOST_SHARDS_OF_ITS_OWN_ACCORD", 10**9)
+        for count in (1, workers):
+            build_dataset(data, tmp_path / f"out{count}", "shards.text_mb=0.02", *overrides, workers=count)
+        one, many = contents(tmp_path / "out1"), contents(tmp_path / f"out{workers}")
+        assert one == many
+        assert {"manifest.json", "plan.json", "tokenizer.model", "rejected.jsonl", "train-00000.arrow"} <= one.keys()
+
+    def test_a_file_is_cut_into_shards_without_a_document_lost_or_doubled(
+        self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(2000))
+        build_dataset(data, tmp_path / "out", "shards.text_mb=0.01", "splits.valid_fraction=0")
+        corpus = Corpus.open(tmp_path / "out", "train")
+        assert len(corpus.manifest.splits["train"].sources["texts"].shards) > 10
+        assert [corpus.row(document) for document in range(2000)] == list(range(2000))
+        assert decoded(tmp_path / "out") == [(record["text"],) for record in texts(2000)]
+
+    def test_a_second_build_does_nothing(
+        self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
+        first = build_dataset(data, tmp_path / "out")
+        before = contents(tmp_path / "out")
+        monkeypatch.setattr(jobs.ShardJobs, "encode", None)
+        assert build_dataset(data, tmp_path / "out") == first
+        assert contents(tmp_path / "out") == before
+
+    def test_fingerprint_follows_content(self, build_dataset: Build, tmp_path: Path) -> None:
+        def fingerprint(name: str, count: int, *overrides: str) -> str:
+            folder = tmp_path / name
+            folder.mkdir()
+            return build_dataset(
+                write_jsonl(folder / "texts.jsonl", texts(count)), folder / "out", *overrides
+            ).fingerprint
+
+        first = fingerprint("first", 20)
+        assert fingerprint("again", 20) == first
+        assert fingerprint("more", 21) != first
+        assert fingerprint("other", 20, "splits.valid_fraction=0.4") != first
 
 
-def test_same_bytes_from_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "CHUNK_DOCUMENTS", 7)
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(200))
-    for workers in (1, 2):
-        build(BuildOptions(data, tmp_path / f"out{workers}", vocab=512, max_shard_tokens=3000, workers=workers))
-    assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
-    assert len(contents(tmp_path / "out1")) > 4
+class TestNothingIsLost:
+    @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(written=st.lists(any_text, min_size=1, max_size=12))
+    def test_documents_in_are_documents_out_and_rejections(
+        self, build_dataset: Build, tmp_path_factory: pytest.TempPathFactory, written: list[str]
+    ) -> None:
+        folder = tmp_path_factory.mktemp("any")
+        data = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in [*written, "mill"]])
+        manifest = build_dataset(
+            data, folder / "out", "cleaning.max_faulty_fraction=1", "cleaning.max_filtered_fraction=1"
+        )
+        kept = [text for text in [*written, "mill"] if text.strip()]
+        assert sorted(text for (text,) in decoded(folder / "out")) == sorted(kept)
+        assert sum(rejected(manifest).values()) == len(written) + 1 - len(kept)
+        assert audit.verify(folder / "out") == len(kept)
+
+    def test_bad_lines_are_counted_and_kept_aside(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = tmp_path / "texts.jsonl"
+        lines = [json.dumps(record) for record in texts(30)]
+        lines[4:4] = ["{broken", '{"body": "x"}']
+        data.write_text("\n".join(lines))
+        manifest = build_dataset(data, tmp_path / "out")
+        assert rejected(manifest) == {"missing_field": 1, "not_json": 1}
+        aside = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+        common = {"source": "texts", "origin": "texts.jsonl", "is_fault": True}
+        assert aside == [
+            common | {"row": 4, "reason": "not_json", "excerpt": "{broken"},
+            common | {"row": 5, "reason": "missing_field", "excerpt": '{"body": "x"}'},
+        ]
+        assert len(decoded(tmp_path / "out")) == 30
+
+    def test_too_many_bad_lines_stop_the_build_which_goes_on_when_they_are_allowed(
+        self, build_dataset: Build, tmp_path: Path
+    ) -> None:
+        data = tmp_path / "texts.jsonl"
+        data.write_text('{"text": "a"}\n' * 8 + "{broken\n" * 2)
+        with pytest.raises(
+            UserError, match=r"2 of 10 records .* 10%.*2 not_json\n  texts.jsonl, row 8: not_json: '{broken'"
+        ):
+            build_dataset(data, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        build_dataset(data, tmp_path / "out", "cleaning.max_faulty_fraction=0.5")
+        assert len(decoded(tmp_path / "out")) == 8
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_filters_count_apart_from_faults(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "short"}] * 8 + [{"text": "long enough"}] * 2)
+        with pytest.raises(
+            UserError, match=r"8 of 10 records were set aside by filters, .* 50% that cleaning.max_filtered"
+        ):
+            build_dataset(data, tmp_path / "out", "cleaning.min_characters=6", "cleaning.max_filtered_fraction=0.5")
+        manifest = build_dataset(data, tmp_path / "out", "cleaning.min_characters=6")
+        assert rejected(manifest) == {"too_short": 8}
+
+    def test_no_document_at_all(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", [{"text": " "}])
+        with pytest.raises(UserError, match="no document in 1 files: 1 empty"):
+            build_dataset(data, tmp_path / "out", "cleaning.max_filtered_fraction=1", "cleaning.max_faulty_fraction=1")
+
+    def test_duplicates(self, build_dataset: Build, tmp_path: Path) -> None:
+        twice = [*texts(20), *texts(20)]
+        data = write_jsonl(tmp_path / "texts.jsonl", twice)
+        manifest = build_dataset(data, tmp_path / "out", "cleaning.exact_duplicates=drop", workers=2)
+        assert rejected(manifest) == {"exact_duplicate": 20}
+        assert sorted(text for (text,) in decoded(tmp_path / "out")) == sorted(record["text"] for record in texts(20))
+
+    def test_evaluation_text_is_kept_out(self, build_dataset: Build, tmp_path: Path) -> None:
+        words = [f"word{number}" for number in range(40)]
+        evaluation = write_jsonl(tmp_path / "test.jsonl", [{"src": " ".join(words[:20]), "trg": "mill"}])
+        data = write_jsonl(
+            tmp_path / "texts.jsonl", [{"text": "Before " + " ".join(words[2:17])}, {"text": " ".join(words[20:])}]
+        )
+        manifest = build_dataset(data, tmp_path / "out", f"cleaning.evaluation=['{evaluation}']")
+        assert rejected(manifest) == {"contaminated": 1}
 
 
-def test_plain_text_form(tmp_path: Path, tokenizer_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("past the mill\n")
-    manifest = build(BuildOptions(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-    corpus = Corpus.open(tmp_path / "out", "train")
-    body = Tokenizer.load(tokenizer_path).encode("past the mill\n")
-    assert corpus.tokens(0).tolist() == [SpecialToken.BOS, *body, SpecialToken.EOS]
-    assert corpus.target_starts.tolist() == [1]
-    assert corpus.document_id(0) == document_id("past the mill\n", None)
-    assert manifest == corpus.manifest
-    assert manifest.splits["train"].text_bytes == len("past the mill\n")
+class TestSplits:
+    def test_are_stable_when_data_grows(self, build_dataset: Build, tmp_path: Path) -> None:
+        held_out = []
+        for count in (300, 400):
+            data = write_jsonl(tmp_path / f"texts{count}.jsonl", texts(count))
+            fractions = ("splits.valid_fraction=0.2", "splits.test_fraction=0.1")
+            build_dataset(data, tmp_path / f"out{count}", *fractions)
+            held_out.append([set(decoded(tmp_path / f"out{count}", split)) for split in ("train", "valid", "test")])
+        for small, large in zip(*held_out, strict=True):
+            assert small <= large
+        assert 40 < len(held_out[0][1]) < 80
+        assert 15 < len(held_out[0][2]) < 45
+
+    def test_by_the_names_of_files(self, build_dataset: Build, tmp_path: Path) -> None:
+        for name in ("train-00", "train-01", "valid", "test"):
+            write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"mill of {name}"}])
+        manifest = build_dataset(tmp_path, tmp_path / "out", split="name")
+        assert {split: entry.documents for split, entry in manifest.splits.items()} == {
+            "train": 2,
+            "valid": 1,
+            "test": 1,
+        }
+        assert decoded(tmp_path / "out", "valid") == [("mill of valid",)]
 
 
-def test_pair_form(tmp_path: Path, tokenizer_path: Path) -> None:
-    data = write_jsonl(tmp_path / "pairs.jsonl", [{"src": "old mill", "trg": "river"}])
-    build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-    corpus = Corpus.open(tmp_path / "out", "train")
-    tokenizer = Tokenizer.load(tokenizer_path)
-    source, target = tokenizer.encode("old mill"), tokenizer.encode("river")
-    form = [SpecialToken.BOS, *source, SpecialToken.SEP, *target, SpecialToken.EOS]
-    assert corpus.tokens(0).tolist() == form
-    assert corpus.target_starts.tolist() == [len(source) + 2]
-    assert corpus.manifest.kind == "pair"
-    assert "<BOS>old mill<SEP>river<EOS>" in audit.show(tmp_path / "out", "train", 0)
+class TestRefusals:
+    def test_a_changed_input_or_option_is_named(self, build_dataset: Build, tmp_path: Path) -> None:
+        (tmp_path / "data").mkdir()
+        write_jsonl(tmp_path / "data" / "a.jsonl", texts(20))
+        write_jsonl(tmp_path / "data" / "b.jsonl", [{"nothing": 1}] * 20)
+        for out in ("unfinished", "finished"):
+            with pytest.raises(UserError, match="cannot be read"):
+                build_dataset(tmp_path / "data", tmp_path / out)
+        build_dataset(tmp_path / "data", tmp_path / "finished", "cleaning.max_faulty_fraction=1")
 
+        write_jsonl(tmp_path / "data" / "b.jsonl", texts(21))
+        (tmp_path / "data" / "a.jsonl").rename(tmp_path / "data" / "c.jsonl")
+        for out in ("unfinished", "finished"):
+            with pytest.raises(UserError) as error:
+                build_dataset(tmp_path / "data", tmp_path / out, "splits.valid_fraction=0.2")
+            message = str(error.value)
+            assert "splits.valid_fraction: 0.01 then, 0.2 now" in message
+            assert f"{tmp_path / 'data' / 'a.jsonl'}: gone" in message
+            assert f"{tmp_path / 'data' / 'c.jsonl'}: new" in message
+            assert f"{tmp_path / 'data' / 'b.jsonl'}: its content has changed" in message
 
-@settings(max_examples=25)
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=1, max_size=12))
-def test_documents_in_are_documents_out_and_rejections(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer_path: Path, written: list[str]
-) -> None:
-    folder = tmp_path_factory.mktemp("any")
-    data = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in [*written, "mill"]])
-    options = BuildOptions(data, folder / "out", tokenizer=tokenizer_path, max_rejected_fraction=1, workers=1)
-    manifest = build(options)
-    kept = [text for text in [*written, "mill"] if text.strip()]
-    assert sorted(text for text, _ in decoded(folder / "out")) == sorted(kept)
-    assert sum(manifest.rejected.values()) == len(written) + 1 - len(kept)
-    assert audit.verify(folder / "out") == len(kept)
+    def test_a_file_that_is_only_touched_has_not_changed(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
+        build_dataset(data, tmp_path / "out")
+        data.touch()
+        build_dataset(data, tmp_path / "out")
 
+    def test_input_that_changes_meanwhile(
+        self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
+        real = jobs._SplitWriters.write
 
-def test_bad_lines_are_counted_and_kept_aside(tmp_path: Path, tokenizer_path: Path) -> None:
-    data = tmp_path / "texts.jsonl"
-    lines = [json.dumps(record) for record in texts(30)]
-    lines[4:4] = ["{broken", '{"body": "x"}']
-    data.write_text("\n".join(lines))
-    manifest = build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-    assert manifest.rejected == {"missing_field": 1, "not_json": 1}
-    kept = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert kept == [
-        {"source": "texts.jsonl", "line": 5, "reason": "not_json", "excerpt": "{broken"},
-        {"source": "texts.jsonl", "line": 6, "reason": "missing_field", "excerpt": '{"body": "x"}'},
-    ]
-    assert len(decoded(tmp_path / "out")) == 30
+        def write_while_the_file_grows(writers: jobs._SplitWriters) -> object:
+            write_jsonl(data, texts(25))
+            return real(writers)
 
+        monkeypatch.setattr(jobs._SplitWriters, "write", write_while_the_file_grows)
+        with pytest.raises(UserError, match=r"texts.jsonl has changed since the build was planned"):
+            build_dataset(data, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
-def test_too_many_bad_lines_stop_the_build(tmp_path: Path, tokenizer_path: Path) -> None:
-    data = tmp_path / "texts.jsonl"
-    data.write_text('{"text": "a"}\n' * 8 + "{broken\n" * 2)
-    with pytest.raises(UserError, match=r"2 of 10 records .* 10%.*\n  texts.jsonl:9: not_json: {broken"):
-        build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+    def test_what_is_there_is_never_overwritten(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "thesis.tex").write_text("mine")
+        with pytest.raises(UserError, match=r"exists and is never overwritten; remove it"):
+            build_dataset(data, tmp_path / "out")
+        assert contents(tmp_path / "out") == {"thesis.tex": b"mine"}
 
+    def test_unwritable_output(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
+        with pytest.raises(UserError, match="cannot write OUT"):
+            build_dataset(data, data / "out")
 
-def test_texts_and_pairs_do_not_mix(tmp_path: Path, tokenizer_path: Path) -> None:
-    data = write_jsonl(tmp_path / "mixed.jsonl", [{"text": "a"}, {"src": "a", "trg": "b"}])
-    with pytest.raises(UserError, match=r"mixed.jsonl:1 is a text, mixed.jsonl:2 is a pair"):
-        build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
+    def test_texts_and_pairs_do_not_mix(self, build_dataset: Build, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+        write_jsonl(tmp_path / "b.jsonl", [{"src": "a", "trg": "b"}])
+        with pytest.raises(UserError, match=r"a is of texts, b is of pairs.*; build two"):
+            build_dataset([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], tmp_path / "out")
 
+    def test_records_without_a_known_field(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", [{"title": "a", "body": "b"}])
+        with pytest.raises(
+            UserError, match=r"records have the fields title, body, none of them `text`.*sources.texts.text"
+        ):
+            build_dataset(data, tmp_path / "out")
 
-@pytest.mark.parametrize(("fraction", "num_valid"), [(0.0, 0), (0.01, 1), (0.3, 1)])
-def test_two_documents_are_one_for_each_split(
-    tmp_path: Path, tokenizer_path: Path, fraction: float, num_valid: int
-) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(2))
-    options = BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, valid_fraction=fraction, workers=1)
-    assert build(options).splits["valid"].documents == num_valid
+    def test_two_builds_of_one_dataset_at_once(self, build_dataset: Build, tmp_path: Path) -> None:
+        import fcntl
 
-
-def test_split_is_stable_when_data_grows(tmp_path: Path, tokenizer_path: Path) -> None:
-    held_out = []
-    for count in (300, 400):
-        data = write_jsonl(tmp_path / "texts.jsonl", texts(count))
-        out = tmp_path / f"out{count}"
-        build(BuildOptions(data, out, tokenizer=tokenizer_path, valid_fraction=0.2, workers=1))
-        corpus = Corpus.open(out, "valid")
-        held_out.append({corpus.document_id(document) for document in range(corpus.num_documents)})
-    assert 40 < len(held_out[0]) < 80
-    assert held_out[0] <= held_out[1]
-
-
-def test_fingerprint_follows_content_and_options(tmp_path: Path, tokenizer_path: Path) -> None:
-    def fingerprint(name: str, count: int, valid_fraction: float = 0.01) -> str:
-        data = write_jsonl(tmp_path / "texts.jsonl", texts(count))
-        out = tmp_path / name
-        return build(
-            BuildOptions(data, out, tokenizer=tokenizer_path, valid_fraction=valid_fraction, workers=1)
-        ).fingerprint
-
-    first = fingerprint("first", 20)
-    assert fingerprint("again", 20) == first
-    assert fingerprint("more", 21) != first
-    assert fingerprint("other", 20, valid_fraction=0.02) != first
-
-
-def test_existing_output_is_refused(tmp_path: Path, tokenizer_path: Path) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
-    options = BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1)
-    build(options)
-    before = contents(tmp_path / "out")
-    with pytest.raises(UserError, match=r"exists and is never overwritten; remove it"):
-        build(options)
-    assert contents(tmp_path / "out") == before
-
-
-def test_unwritable_output(tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
-    with pytest.raises(UserError, match="cannot write OUT"):
-        build(BuildOptions(data, data / "out", workers=1))
-
-
-@pytest.mark.parametrize(
-    ("raised", "seen"),
-    [(OSError(errno.ENOSPC, "No space left"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)
-def test_a_failed_build_leaves_nothing(
-    tmp_path: Path,
-    tokenizer_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: BaseException,
-    seen: type[BaseException],
-) -> None:
-    def fail(*_: object) -> None:
-        raise raised
-
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(50))
-    monkeypatch.setattr(shards.SplitWriter, "close", fail)
-    with pytest.raises(seen, match="no space left for OUT" if seen is UserError else None):
-        build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=2))
-    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
-
-
-def test_full_disk_in_the_middle_of_a_shard(
-    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def write(self: object, data: bytes) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(50))
-    monkeypatch.setattr(shards._HashedFile, "write", write)
-    with pytest.raises(UserError, match="no space left for OUT"):
-        build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
-
-
-def test_input_that_changes_meanwhile(tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
-
-    def shortened(*arguments: object) -> Iterator[object]:
-        write_jsonl(data, texts(10))
-        return real(*arguments)  # type: ignore[arg-type]
-
-    real = run.read_all
-    monkeypatch.setattr(run, "read_all", shortened)
-    with pytest.raises(UserError, match="changed while it was read"):
-        build(BuildOptions(data, tmp_path / "out", tokenizer=tokenizer_path, workers=1))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "complaint"),
-    [
-        ({"format": "parquet"}, "FORMAT=parquet is unknown; allowed: auto, text, jsonl, code"),
-        ({"workers": 0}, "WORKERS=0"),
-        ({"vocab": 100}, "VOCAB=100 is too small"),
-        ({"valid_fraction": 1.0}, "valid_fraction=1.0"),
-        ({"max_rejected_fraction": 1.5}, "max_rejected_fraction=1.5"),
-    ],
-)
-def test_wrong_options(tmp_path: Path, wrong: dict[str, object], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
-        build(BuildOptions(tmp_path, tmp_path / "out", **wrong))  # type: ignore[arg-type]
-
-
-@given(st.permutations([f"window {number} " * (1 + number * 7 % 40) for number in range(30)]))
-def test_sample_does_not_depend_on_order_and_stays_small(windows: list[str]) -> None:
-    samples = []
-    for order in (windows, sorted(windows)):
-        sample = WindowSample(num_characters=1000)
-        for text in order:
-            sample.add(text)
-        samples.append(list(sample.lines()))
-    assert samples[0] == samples[1]
-    assert 1000 <= sum(map(len, samples[0])) < 1000 + max(map(len, windows))
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
+        (tmp_path / "out.partial" / "work").mkdir(parents=True)
+        with (tmp_path / "out.partial" / "work" / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="another build is writing"):
+                build_dataset(data, tmp_path / "out")

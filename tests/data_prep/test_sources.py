@@ -1,23 +1,22 @@
-"""Which files are read, and what becomes of each record."""
+"""Which files are read, in which order, and as what."""
 
-import gzip
-import json
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from data_prep.clean import screen
-from data_prep.sources import Document, Rejection, find_sources, read_source
+from data_prep.sources import find_files
+from data_prep.spec import SourceSpec
 from mdseq.errors import UserError
 
 
-def records(path: Path, format: str = "auto", text_key: str = "text") -> list[Document | Rejection]:
-    sources = find_sources(path, format, exclude=())
-    return [screen(record) for source in sources for record in read_source(source, text_key)]
+def find(path: Path | str, **keys: object) -> list[tuple[str, str]]:
+    files = find_files(SourceSpec(name="here", path=str(path), **keys))  # type: ignore[arg-type]
+    return [(file.name, file.format) for file in files]
 
 
-def names(path: Path, format: str, exclude: tuple[str, ...] = ()) -> list[str]:
-    return [source.name for source in find_sources(path, format, exclude)]
+def names(path: Path | str, **keys: object) -> list[str]:
+    return [name for name, _ in find(path, **keys)]
 
 
 @pytest.fixture
@@ -42,90 +41,91 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_folder_of_text(tree: Path) -> None:
-    assert names(tree, "auto") == names(tree, "text") == ["a/guide.rst", "a/readme.MD", "b.txt"]
+    assert names(tree) == names(tree, format="text") == ["a/guide.rst", "a/readme.MD", "b.txt"]
 
 
 def test_source_tree(tree: Path) -> None:
     everything = ["a/guide.rst", "a/readme.MD", "b.txt", "code.py", "tests/test_code.py"]
-    assert names(tree, "code") == everything
-    assert names(tree, "code", exclude=("tests", "*.md", "*.MD")) == ["a/guide.rst", "b.txt", "code.py"]
-    assert names(tree, "code", exclude=("a/*", "*.txt")) == ["code.py", "tests/test_code.py"]
-
-
-def test_auto_prefers_records_to_the_text_beside_them(tree: Path) -> None:
-    (tree / "part.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n'))
-    assert names(tree, "auto") == ["part.jsonl.gz"]
-
-
-def test_one_file(tree: Path) -> None:
-    assert names(tree / "b.txt", "auto") == ["b.txt"]
-    assert names(tree / "code.py", "text") == ["code.py"]
-    with pytest.raises(UserError, match=r"nothing to read .*FORMAT=code"):
-        find_sources(tree / "code.py", "auto", exclude=())
-    with pytest.raises(UserError, match="does not exist"):
-        find_sources(tree / "absent", "auto", exclude=())
-
-
-def test_text_is_exact(tmp_path: Path) -> None:
-    text = "\ufeffline\r\n\n  indented\ttab \n"
-    (tmp_path / "plain.txt").write_bytes(text.encode())
-    (tmp_path / "packed.txt.gz").write_bytes(gzip.compress(text.encode()))
-    assert records(tmp_path) == [Document("packed.txt.gz", 0, text), Document("plain.txt", 0, text)]
-
-
-def test_files_that_are_not_text(tmp_path: Path) -> None:
-    (tmp_path / "binary.so").write_bytes(b"\x7fELF\0\1")
-    (tmp_path / "empty.py").write_bytes(b"")
-    (tmp_path / "latin.py").write_bytes("é".encode("latin-1"))
-    assert [record.reason for record in records(tmp_path, "code") if isinstance(record, Rejection)] == [
-        "binary",
-        "empty",
-        "not_utf8",
-    ]
+    assert names(tree, format="code") == everything
+    assert names(tree, format="code", exclude=("tests", "*.md", "*.MD")) == ["a/guide.rst", "b.txt", "code.py"]
+    assert names(tree, format="code", exclude=("a/*", "*.txt")) == ["code.py", "tests/test_code.py"]
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("name", "format"),
     [
-        (b'{"text": "a\\n b"}', ("a\n b", None)),
-        (b'{"src": "a", "trg": "b", "id": 3}', ("a", "b")),
-        (b'{"text": "a", "src": "b", "trg": "c"}', ("a", None)),
-        (b'{"text": "a"', "not_json"),
-        (b"[" * 100_000, "not_json"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "not_json"),
-        (b'{"text": "\xff"}', "not_utf8"),
-        (b'["a"]', "not_an_object"),
-        (b'{"src": "a"}', "missing_field"),
-        (b'{"text": 3}', "not_a_string"),
-        (b'{"text": null}', "not_a_string"),
-        (b'{"src": "a", "trg": ["b"]}', "not_a_string"),
-        (b'{"src": "a", "trg": null}', "not_a_string"),
-        (b'{"text": " \\n"}', "empty"),
-        (b'{"src": "a", "trg": ""}', "empty"),
-        (b'{"text": "\\ud800"}', "invalid_unicode"),
-        (b'{"text": "a\\u0000b"}', ("a\0b", None)),
+        ("a.txt", "text"), ("a.md.zst", "text"), ("a.JSONL", "jsonl"), ("a.ndjson.xz", "jsonl"), ("a.csv.bz2", "csv"),
+        ("a.tsv", "csv"), ("a.parquet", "parquet"), ("a.arrow", "arrow"), ("a.feather", "arrow"),
     ],
-    ids=lambda value: repr(value)[:40],
-)
-def test_record(tmp_path: Path, line: bytes, expected: tuple[str, str | None] | str) -> None:
-    (tmp_path / "records.jsonl").write_bytes(b"\n" + line + b"\n")
-    (record,) = records(tmp_path)
-    assert (record.source, record.line) == ("records.jsonl", 2)
-    if isinstance(record, Document):
-        assert (record.text, record.target) == expected
-    else:
-        assert record.reason == expected
-        assert len(record.excerpt) <= 200
-        record.excerpt.encode()
+)  # fmt: skip
+def test_format_by_suffix(tmp_path: Path, name: str, format: str) -> None:
+    (tmp_path / name).touch()
+    assert find(tmp_path) == [(name, format)]
 
 
-def test_text_key(tmp_path: Path) -> None:
-    (tmp_path / "records.jsonl").write_text(json.dumps({"body": "a", "text": "b"}))
-    assert records(tmp_path, text_key="body") == [Document("records.jsonl", 1, "a")]
+def test_records_are_preferred_to_the_text_beside_them(tree: Path) -> None:
+    (tree / "part.jsonl.gz").touch()
+    (tree / "part.parquet").touch()
+    assert names(tree) == ["part.jsonl.gz", "part.parquet"]
+    assert names(tree, format="jsonl") == ["part.jsonl.gz"]
+    assert names(tree, format="lines") == ["a/guide.rst", "a/readme.MD", "b.txt"]
 
 
-@pytest.mark.parametrize("cut", [5, -5])
-def test_truncated_gzip_is_an_error(tmp_path: Path, cut: int) -> None:
-    (tmp_path / "part.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 100)[:cut])
-    with pytest.raises(UserError, match=r"part.jsonl.gz is not a whole gzip file"):
-        records(tmp_path)
+def test_one_file(tree: Path) -> None:
+    assert find(tree / "b.txt") == [("b.txt", "text")]
+    assert find(tree / "code.py", format="text") == [("code.py", "text")]
+    assert find(tree / "code.py", format="jsonl") == [("code.py", "jsonl")]
+    with pytest.raises(UserError, match=r"nothing to read .*format = code"):
+        find(tree / "code.py")
+    with pytest.raises(UserError, match=r"absent does not exist; give .* \(sources.here\)"):
+        find(tree / "absent")
+
+
+def test_globs_and_lists_of_paths(tree: Path) -> None:
+    (tree / "deep" / "er").mkdir(parents=True)
+    for name in ("1.jsonl", "deep/2.jsonl", "deep/er/3.jsonl"):
+        (tree / name).touch()
+    assert names(tree / "*.jsonl") == ["1.jsonl"]
+    assert names(tree / "**" / "*.jsonl") == ["1.jsonl", "deep/2.jsonl", "deep/er/3.jsonl"]
+    assert names(tree / "deep" / "[0-9].jsonl") == ["2.jsonl"]
+    source = SourceSpec(name="two", path=(str(tree / "deep"), str(tree / "1.jsonl"), str(tree / "deep")))
+    assert [file.name for file in find_files(source)] == ["2.jsonl", "er/3.jsonl", "1.jsonl"]
+    with pytest.raises(UserError, match="does not exist"):
+        find(tree / "*.parquet")
+
+
+GITIGNORES = {
+    ".gitignore": "*.log\n/build\nkept/*\n!kept/this.txt\nonly_folder/\n# comment\n\\#hash\n",
+    "sub/.gitignore": "!important.log\nlocal.txt\n",
+}
+FILES = (
+    "a.py", "b.log", "build/out.py", "sub/build/out.py", "sub/important.log", "sub/other.log", "sub/local.txt", "local.txt",
+    "kept/this.txt", "kept/that.txt", "only_folder/x.py", "sub/only_folder", "sub/deep/important.log", "#hash",
+)  # fmt: skip
+
+
+def test_gitignore_files_are_read_as_git_reads_them(tmp_path: Path) -> None:
+    for name, content in {**dict.fromkeys(FILES, "x"), **GITIGNORES}.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    listed = ["git", "-C", tmp_path, "ls-files", "-z", "--others", "--exclude-standard"]
+    by_git = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0")
+    visible = sorted(name for name in by_git if name and not Path(name).name.startswith("."))
+    assert "sub/important.log" in visible
+    assert len(visible) < len(FILES)
+    assert names(tmp_path, format="code") == visible
+
+
+def test_split_by_name(tmp_path: Path) -> None:
+    wanted = {"train-00.jsonl": "train", "dev.jsonl": "valid", "validation_1.jsonl": "valid", "TEST.jsonl.gz": "test"}
+    for name in wanted:
+        (tmp_path / name).touch()
+    files = find_files(SourceSpec(name="s", path=str(tmp_path), split="name"))
+    assert {file.name: file.split for file in files} == wanted
+    assert {file.split for file in find_files(SourceSpec(name="s", path=str(tmp_path), split="test"))} == {"test"}
+    assert {file.split for file in find_files(SourceSpec(name="s", path=str(tmp_path)))} == {None}
+    (tmp_path / "trainer.jsonl").touch()
+    with pytest.raises(UserError, match=r"trainer.jsonl: its name does not begin with train, valid"):
+        find_files(SourceSpec(name="s", path=str(tmp_path), split="name"))

@@ -1,0 +1,148 @@
+"""The end of a build: what was rejected is within the limits, the manifest is written, the dataset appears."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+from data_prep.files import put_in_place, sync_folder, temporary_name, write_whole
+from data_prep.jobs import BuildFolder, FinishedShard
+from data_prep.plan import Plan
+from data_prep.spec import CleaningSpec
+from mdseq.data.format import (
+    MANIFEST_FILE,
+    REJECTED_FILE,
+    SPLITS,
+    Manifest,
+    SourceEntry,
+    Split,
+    SplitEntry,
+    SplitOfSource,
+    Totals,
+    special_token_ids,
+    token_dtype,
+)
+from mdseq.data.tokenizer import Tokenizer
+from mdseq.errors import UserError
+
+SHOWN_REJECTIONS = 3
+
+
+class Tally:
+    """The finished shards, and what was rejected in them against what the spec allows."""
+
+    def __init__(self, plan: Plan, limits: CleaningSpec, folder: BuildFolder) -> None:
+        self.plan = plan
+        self.folder = folder
+        self.finished: dict[int, FinishedShard] = {}
+        self._limits = limits
+
+    def add(self, shard: int, finished: FinishedShard) -> None:
+        """Count a shard. Raises UserError as soon as it is certain that more is rejected than the limits allow."""
+        self.finished[shard] = finished
+        read = sum(part.read for part in self.finished.values())
+        faults = sum(part.faults for part in self.finished.values())
+        filtered = sum(sum(part.rejected.values()) for part in self.finished.values()) - faults
+        total = read if len(self.finished) == len(self.plan.shards) else self.plan.records
+        limits = self._limits
+        if faults > limits.max_faulty_fraction * total:
+            self._stop(faults, read, "cannot be read", "max_faulty_fraction", limits.max_faulty_fraction)
+        if filtered > limits.max_filtered_fraction * total:
+            self._stop(
+                filtered, read, "were set aside by filters", "max_filtered_fraction", limits.max_filtered_fraction
+            )
+
+    def _stop(self, count: int, read: int, what: str, key: str, limit: float) -> None:
+        reasons: Counter[str] = Counter()
+        for part in self.finished.values():
+            reasons.update(part.rejected)
+        listed = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
+        raise UserError(
+            f"{count:,} of {read:,} records {what}, more than the {limit:.0%} that cleaning.{key} allows: {listed}"
+            f"{self._examples()}\n  all are listed in {self.folder.work}/rejected-*.jsonl; mend the data and remove "
+            f"{self.folder.path}, or go on with a higher {key}"
+        )
+
+    def _examples(self) -> str:
+        lines: list[str] = []
+        for shard in sorted(self.finished):
+            path = self.folder.rejected(shard)
+            if len(lines) < SHOWN_REJECTIONS and path.exists():
+                with path.open(encoding="utf-8") as file:
+                    records = [json.loads(line) for line in islice(file, SHOWN_REJECTIONS - len(lines))]
+                lines += [f"\n  {r['origin']}, row {r['row']}: {r['reason']}: {r['excerpt'][:100]!r}" for r in records]
+        return "".join(lines)
+
+
+def write_manifest(tally: Tally) -> Manifest:
+    """Put the shards together: the list of what was rejected, and the manifest. Raises UserError without a document."""
+    plan, folder = tally.plan, tally.folder
+    finished = [tally.finished[shard] for shard in range(len(plan.shards))]
+    if not any(part.splits for part in finished):
+        reasons = sum((Counter(part.rejected) for part in finished), Counter())
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "no record"
+        raise UserError(f"no document in {len(plan.files):,} files: {listed}{tally._examples()}")
+    _collect_rejected(plan, folder)
+    tokenizer = Tokenizer.load(folder.tokenizer)
+    of_source = {
+        source.name: [finished[index] for index, shard in enumerate(plan.shards) if shard.source == number]
+        for number, source in enumerate(plan.spec.sources)
+    }
+    manifest = Manifest(
+        kind=plan.kind,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        dtype=token_dtype(tokenizer.vocab_size),
+        special_tokens=special_token_ids(),
+        sources={
+            source.name: SourceEntry(
+                weight=source.weight,
+                path_header=source.path_header if source.format == "code" else "",
+                read=sum(part.read for part in of_source[source.name]),
+                rejected=dict(
+                    sorted(sum((Counter(part.rejected) for part in of_source[source.name]), Counter()).items())
+                ),
+            )
+            for source in plan.spec.sources
+        },
+        splits={split: _split_entry(split, of_source) for split in SPLITS},
+    ).signed()
+    for name, source in manifest.sources.items():
+        kept = sum(split.sources[name].documents for split in manifest.splits.values() if name in split.sources)
+        assert source.read == kept + sum(source.rejected.values()), f"documents of {name} are lost"
+    write_whole(folder.path / MANIFEST_FILE, manifest.to_json().encode())
+    return manifest
+
+
+def _split_entry(split: Split, of_source: dict[str, list[FinishedShard]]) -> SplitEntry:
+    sources = {}
+    for name, shards in of_source.items():
+        parts = [shard.splits[split] for shard in shards if split in shard.splits]
+        if parts:
+            entries = tuple(entry for part in parts for entry in part.shards)
+            sources[name] = SplitOfSource(shards=entries, **Totals.of(parts).model_dump())
+    return SplitEntry.combine(sources)
+
+
+def _collect_rejected(plan: Plan, folder: BuildFolder) -> None:
+    """All rejections in one file, in the order of the plan; no file where there are none."""
+    paths = [path for shard in range(len(plan.shards)) if (path := folder.rejected(shard)).exists()]
+    if not paths:
+        return
+    target = folder.path / REJECTED_FILE
+    with temporary_name(target).open("wb") as file:
+        for path in paths:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, file)
+    put_in_place(temporary_name(target), target)
+
+
+def appear(folder: BuildFolder, out: Path) -> None:
+    """Give the complete dataset its name, and remove what only the build needed."""
+    sync_folder(folder.path)
+    folder.path.rename(out)
+    sync_folder(out.parent)
+    shutil.rmtree(BuildFolder(out).work, ignore_errors=True)

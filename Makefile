@@ -21,7 +21,6 @@ endif
 TORCH ?= torch>=2.11
 PYTHON ?= python3
 
-FORMAT ?= auto
 SPEC ?= quickstart
 DS_CONFIG ?= ds_configs/zero3_experts.json
 RANKS ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
@@ -73,14 +72,15 @@ quickstart: $(READY)  ## from nothing to generated text: data, training on two r
 test: $(READY)  ## every test that this machine can run [PYTEST_ARGS="tests/data -x"]
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-prep: needs-data $(READY)  ## text to a dataset: DATA=PATH [OUT=DIR] [VOCAB=N] [FORMAT=auto|text|jsonl|code] [WORKERS=N] [ARGS=...]
+prep: needs-data $(READY)  ## text to a dataset: DATA=PATH [OUT=DIR] [VOCAB=N] [FORMAT=auto|text|...] [WORKERS=N] [ARGS=...]
 	@if [[ -d "$$DATA" ]]; then
 	    name="$$(basename -- "$$(cd -- "$$DATA" && pwd)")"
 	else
-	    name="$$(basename -- "$${DATA%.gz}")"; name="$${name%.*}"
+	    name="$$(basename -- "$$DATA")"; name="$${name%.gz}"; name="$${name%.zst}"; name="$${name%.bz2}"; name="$${name%.xz}"
+	    name="$${name%.*}"
 	fi
-	$(BIN)/python -m data_prep build --out "$${OUT:-data/$$name}" --format "$$FORMAT" $${VOCAB:+--vocab "$$VOCAB"} \
-	    $${WORKERS:+--workers "$$WORKERS"} $(ARGS) -- "$$DATA"
+	$(BIN)/python -m data_prep build "$$DATA" --out "$${OUT:-data/$$name}" $${FORMAT:+--format "$$FORMAT"} \
+	    $${VOCAB:+--vocab "$$VOCAB"} $${WORKERS:+--workers "$$WORKERS"} $(ARGS)
 
 train: $(READY)  ## DATA=DIR [SPEC=quickstart] [DS_CONFIG=JSON] [RANKS=2] [OUTPUT=DIR] [ARGS="section.key=value ..."]
 	@$(LAUNCH) --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
@@ -91,8 +91,9 @@ generate: needs-run $(READY)  ## text from a trained run: RUN=DIR [ARGS="--sourc
 report: needs-run $(READY)  ## summary of a run and a PNG of its curves: RUN=DIR
 	@$(BIN)/mdseq report "$$RUN"
 
-bench: $(READY)  ## window attention against dense attention; quality against denoiser calls
-	@$(BIN)/python -m benchmarks.attention
+bench: $(READY)  ## building and reading data; window attention; quality against denoiser calls
+	@$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.sampling
 
 lint: $(READY)  ## ruff and mypy
@@ -104,8 +105,8 @@ format: $(READY)  ## let ruff lay out the code
 	@$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-docs: $(READY)  ## write docs/run_spec.md from mdseq/spec.py
-	@$(BIN)/python docs/generate_run_spec.py
+docs: $(READY)  ## write docs/run_spec.md and docs/prep_spec.md from the specs
+	@$(BIN)/python docs/generate_specs.py
 
 clean:  ## remove .venv and caches; data/ and runs/ stay
 	@rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

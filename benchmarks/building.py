@@ -177,7 +177,7 @@ def memory_table(sizes_mb: list[int]) -> Table:
     table = Table("one document of", title="peak memory of a build, 1 process")
     for column in ("resident MB", "seconds"):
         table.add_column(column, justify="right")
-    sentence = "The river runs past an old mill where seven grey cats watch silver fish and dream of snow.\n".encode()
+    sentence = b"The river runs past an old mill where seven grey cats watch silver fish and dream of snow.\n"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         windows = (

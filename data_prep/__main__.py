@@ -19,9 +19,11 @@ from rich.table import Table
 
 from data_prep import audit
 from data_prep.pairs import write_pairs
+from data_prep.progress import Stage
 from data_prep.run import Where, build, plan_build, train_tokenizer
 from data_prep.spec import PrepSpec, SourceFormat, load_prep_spec
-from mdseq.data.format import REJECTED_FILE, SPLITS, Manifest
+from data_prep.statistics import LENGTH_QUANTILES, stats
+from mdseq.data.format import REJECTED_FILE, SPLITS, Manifest, ShardEntry
 from mdseq.errors import UserError, exit_status
 
 # Options that are short names for keys of the prep spec.
@@ -39,7 +41,12 @@ OVERRIDE = re.compile(rf"({'|'.join(PrepSpec.model_fields)})\.[\w.]+=")
 def main(arguments: Sequence[str]) -> int:
     # Long options may be spelled with hyphens or underscores.
     spelled = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in arguments]
-    options = _parser().parse_args(spelled)
+    parser = _parser()
+    options, more = parser.parse_known_args(spelled)
+    if unknown := [word for word in more if word.startswith("-") or not hasattr(options, "data")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if more:  # argparse gathers positional arguments only up to the next option
+        options.data += more
     return exit_status(lambda: options.command(options), "interrupted; the same command goes on where it stopped")
 
 
@@ -191,11 +198,40 @@ def _tokenizer(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    print(f"{options.dir} is intact: {audit.verify(options.dir):,} documents")
+    total = sum(shard.bytes for shard in _shards(Manifest.load(options.dir)))
+    with Stage("verifying", total) as stage:
+        num_documents = audit.verify(options.dir, stage.advance)
+    print(f"{options.dir} is intact: {num_documents:,} documents")
 
 
 def _stats(options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from data_prep.picture import plot_stats  # matplotlib takes a second to load
+
+    png = options.png or options.dir.with_name(f"{options.dir.name}.png")
+    total = sum(shard.bytes for shard in _shards(Manifest.load(options.dir)))
+    with Stage("reading", total) as stage:
+        parts = stats(options.dir, stage.advance)
+    sizes = Table("split", "source", title=str(options.dir))
+    for name in ("documents", "tokens", "text MB", "tokens/byte", "byte tokens"):
+        sizes.add_column(name, justify="right")
+    lengths = Table("split", "source", title="tokens a document")
+    for name in LENGTH_QUANTILES:
+        lengths.add_column(name, justify="right")
+    for part in parts:
+        sizes.add_row(
+            part.split,
+            part.source,
+            f"{part.documents:,}",
+            f"{part.tokens:,}",
+            f"{part.text_bytes / 1e6:,.1f}",
+            f"{part.tokens_per_byte:.3f}",
+            f"{part.byte_fallback:.2%}",
+        )
+        lengths.add_row(part.split, part.source, *(f"{value:,}" for value in part.length_quantiles.values()))
+    Console().print(sizes)
+    Console().print(lengths)
+    plot_stats(parts, str(options.dir), png)
+    print(f"drawn in {png}")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -204,7 +240,13 @@ def _show(options: argparse.Namespace) -> None:
 
 def _pairs(options: argparse.Namespace) -> None:
     counts = write_pairs(options.trees, options.out)
-    print(f"wrote {options.out}: {counts}")
+    for name, finding in counts.unreadable.items():
+        print(f"left out {name}: {finding}", file=sys.stderr)
+    print(f"wrote {options.out}: {counts.pairs:,} pairs from {counts.files - len(counts.unreadable):,} files")
+
+
+def _shards(manifest: Manifest) -> list[ShardEntry]:
+    return [shard for split in manifest.splits.values() for part in split.sources.values() for shard in part.shards]
 
 
 def _table(title: str, manifest: Manifest) -> Table:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file is written before it is whole."""
-    return path.with_name(f".{path.name}.tmp")
+    """Where this process writes a file before it is whole; another that writes the same file does not get in its way."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -1,15 +1,15 @@
 """What is done with one shard, by any process on any machine: sampled, signed, encoded.
 
-A build in progress is a folder: the plan, the vocabulary and the shards that are finished stand where the dataset will
-have them, and `work/` holds what only the build needs. A job reads the plan and its inputs, and writes under names of its
-shard alone; done again, it gives the same bytes.
+A build in progress is a folder: the plan, the vocabulary and the shards that are finished stand where the dataset
+will have them, and `work/` holds what only the build needs. A job reads the plan and its inputs, and writes under names
+of its shard alone; done again, it gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from itertools import chain
@@ -22,11 +22,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.clean import Screen
 from data_prep.contamination import Contamination
 from data_prep.documents import Document, Rejection, Screened
-from data_prep.duplicates import Dropped, SignatureWriter, load_dropped
+from data_prep.duplicates import Dropped, load_dropped
 from data_prep.files import put_in_place, temporary_name, write_whole
 from data_prep.plan import InputFile, Plan, PlannedShard
 from data_prep.readers import Stretch, reader_of
 from data_prep.shards import ShardWriter, shard_name
+from data_prep.signatures import SignatureWriter
 from data_prep.vocabulary import WindowSample
 from mdseq.data.format import (
     DOCUMENT_ID_BYTES,
@@ -104,7 +105,7 @@ class ShardJobs:
         path = self.folder.signatures(shard)
         if path.exists():
             return
-        with SignatureWriter(path, near=self.plan.spec.cleaning.near_duplicates > 0) as signatures:
+        with SignatureWriter(path, self.plan.spec.cleaning.near_duplicates) as signatures:
             for _, item in self._screened(self.plan.shards[shard]):
                 if isinstance(item, Screened):
                     signatures.add(item)
@@ -167,8 +168,8 @@ class ShardJobs:
             file = self.plan.files[index]
             if not file.is_unchanged() and file_sha256(Path(file.path)) != file.sha256:
                 raise UserError(
-                    f"{file.path} has changed since the build was planned; restore it, or remove {self.folder.path} and "
-                    "build again when nothing writes to it"
+                    f"{file.path} has changed since the build was planned; restore it, or remove {self.folder.path} "
+                    "and build again when nothing writes to it"
                 )
 
 
@@ -276,7 +277,7 @@ class _SplitWriters:
         source = self._jobs.plan.spec.sources[self._planned.source].name
         self._rejected.write(json.dumps({"source": source} | asdict(rejection), ensure_ascii=False) + "\n")
 
-    def _dropped(self) -> dict[int, Dropped]:
+    def _dropped(self) -> Mapping[int, Dropped]:
         path = self._jobs.folder.dropped
         return load_dropped(path, self._shard) if path.exists() else {}
 

@@ -1,7 +1,7 @@
 """The plan: every input file with its hash, every shard with the stretches of files that make it.
 
-Made once, before anything is built, and frozen in `plan.json`. The bytes of each shard follow from the plan alone, so it
-does not matter who builds them, in which order, or how often the build is stopped.
+Made once, before anything is built, and frozen in `plan.json`. The bytes of each shard follow from the plan alone, so
+it does not matter who builds them, in which order, or how often the build is stopped.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def _with_fields(source: SourceSpec, files: list[SourceFile]) -> SourceSpec:
     if "src" in record and "trg" in record:
         return source.model_copy(update={"source": "src", "target": "trg"})
     raise UserError(
-        f"{file.path}: records have the fields {', '.join(record)}, none of them `text`, nor `src` and `trg`; say which "
-        f"to take with sources.{source.name}.text, or with source and target"
+        f"{file.path}: records have the fields {', '.join(record)}, none of them `text`, nor `src` and `trg`; say "
+        f"which to take with sources.{source.name}.text, or with source and target"
     )
 
 

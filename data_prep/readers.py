@@ -306,10 +306,13 @@ class _Arrow:
         with pa.memory_map(str(path)) as file:
             if file.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(file)
-                yield from (reader.get_batch(index) for index in range(reader.num_record_batches))
+                batches: Iterable[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
             else:
                 file.seek(0)
-                yield from pa.ipc.open_stream(file)
+                batches = pa.ipc.open_stream(file)
+            for batch in batches:
+                batch.validate(full=True)  # a damaged offset would be followed out of the file
+                yield batch
 
 
 _READERS: dict[FileFormat, Reader] = {
@@ -345,15 +348,16 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed."""
     compression = compression_of(path)
     if compression == ".xz":
-        file: Any = lzma.open(path, "rb")
+        with lzma.open(path, "rb") as unpacked:
+            yield cast(BinaryIO, unpacked)
     elif compression:
         # Arrow's streams notice a file that ends too early in every format; zstandard's do not.
         stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), _ARROW_CODECS[compression])
-        file = io.BufferedReader(stream, BLOCK_BYTES)
+        with io.BufferedReader(stream, BLOCK_BYTES) as buffered:
+            yield cast(BinaryIO, buffered)
     else:
-        file = path.open("rb", buffering=BLOCK_BYTES)
-    with file:
-        yield cast(BinaryIO, file)
+        with path.open("rb", buffering=BLOCK_BYTES) as file:
+            yield cast(BinaryIO, file)
 
 
 @contextmanager

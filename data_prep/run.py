@@ -1,7 +1,7 @@
 """A build from end to end: plan, vocabulary, duplicates, shards, and only then does the dataset appear.
 
-Everything is written into a folder beside the destination, `NAME.partial`, which is renamed when it is complete. A build
-that is stopped, by whatever, is taken up by the same command where it stopped.
+Everything is written into a folder beside the destination, `NAME.partial`, which is renamed when it is complete. A
+build that is stopped, by whatever, is taken up by the same command where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from data_prep.cluster import run_on_slurm
 from data_prep.contamination import Contamination
 from data_prep.duplicates import find_duplicates
-from data_prep.files import put_in_place, remove_temporaries, sync_folder, temporary_name, write_whole
+from data_prep.files import remove_temporaries, sync_folder, write_whole
 from data_prep.finish import Tally, appear, write_manifest
 from data_prep.jobs import BuildFolder, ShardJobs
 from data_prep.plan import Plan, differences, evaluation_documents, make_plan, survey_file
@@ -37,7 +37,7 @@ from mdseq.errors import UserError
 
 @dataclass(frozen=True)
 class Where:
-    """Who does the work: processes of this machine, or with `slurm_tasks` a Slurm job array for all but the planning."""
+    """Who does the work: processes of this machine, or with `slurm_tasks` Slurm job arrays for all but the planning."""
 
     workers: int
     slurm_tasks: int = 0
@@ -154,11 +154,15 @@ def _partial(out: Path) -> Iterator[BuildFolder]:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise _disk_full(out) from None
             raise UserError(f"cannot build {out}: {error.strerror or error} ({error.filename})") from None
+        finally:
+            if not folder.plan.exists() and folder.path.exists():  # it never began
+                shutil.rmtree(folder.path)
 
 
 def _disk_full(out: Path) -> UserError:
     return UserError(
-        f"no space left for OUT {out}; what is finished is kept: make room, and the same command goes on where it stopped"
+        f"no space left for OUT {out}; what is finished is kept: make room, and the same command goes on where it "
+        "stopped"
     )
 
 
@@ -238,9 +242,7 @@ def _drop_duplicates(runner: _Runner) -> None:
         return
     runner.run("sign", "looking for duplicates", folder.signatures)
     paths = [folder.signatures(shard) for shard in range(len(plan.shards))]
-    temporary = temporary_name(folder.dropped)
-    find_duplicates(paths, cleaning.near_duplicates, temporary)
-    put_in_place(temporary, folder.dropped)
+    find_duplicates(paths, cleaning.near_duplicates, folder.dropped)
 
 
 class _Runner:
@@ -260,7 +262,7 @@ class _Runner:
         result_path: Callable[[int], Path],
         on_result: Callable[[int, Any], None] = lambda shard, result: None,
     ) -> None:
-        """`result_path` gives what exists when a shard's job is done; `on_result` gets the shard and the job's result."""
+        """Do a job; `result_path` gives what exists when a shard's is done, `on_result` gets each shard's result."""
         with Stage(title, self.plan.text_bytes) as stage:
             if self._where.slurm_tasks:
                 self._run_on_slurm(job, result_path, stage)

@@ -157,7 +157,7 @@ class _Tokens:
         self.chunks.append(tokens.astype(self._dtype))
         if self._file is not None or self.length > MAX_BATCH_TOKENS:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (it lives as long as the document)
             for chunk in self.chunks:
                 self._file.write(chunk.data)
             self.chunks = []

@@ -58,8 +58,8 @@ def find_files(source: SourceSpec) -> list[SourceFile]:
     """The files of a source, sorted by name, those of an earlier path first.
 
     `auto` means files of records where there are any (text beside records describes them), else text. Hidden names and
-    the folders that tools fill are skipped, and so is a path when it or one of its parts matches a pattern of `exclude`;
-    in a source tree, what its .gitignore files name.
+    the folders that tools fill are skipped, and so is a path when it or one of its parts matches a pattern of
+    `exclude`; in a source tree, what its .gitignore files name.
 
     Raises:
         UserError: Nothing to read, or a file whose split is to be told by its name, and is not.
@@ -187,14 +187,14 @@ def _split_of(path: Path, source: SourceSpec) -> Split | None:
         if rest != path.name.lower() and not rest[:1].isalpha():
             return split
     raise UserError(
-        f"{path}: its name does not begin with {', '.join(SPLIT_NAMES)}, and sources.{source.name}.split = name asks for "
-        "that; rename it, leave it out with exclude, or set split to hash"
+        f"{path}: its name does not begin with {', '.join(SPLIT_NAMES)}, and sources.{source.name}.split = name asks "
+        "for that; rename it, leave it out with exclude, or set split to hash"
     )
 
 
 def _nothing_to_read(roots: list[str], source: SourceSpec) -> str:
     return (
-        f"nothing to read in {', '.join(roots)} as format = {source.format}; text is {', '.join(TEXT_SUFFIXES)}, records "
-        f"are {', '.join(RECORD_SUFFIXES)}, each plain or {', '.join(COMPRESSIONS)} (parquet and arrow plain); for a "
-        "source tree give format = code, for a single file of another name its format"
+        f"nothing to read in {', '.join(roots)} as format = {source.format}; text is {', '.join(TEXT_SUFFIXES)}, "
+        f"records are {', '.join(RECORD_SUFFIXES)}, each plain or {', '.join(COMPRESSIONS)} (parquet and arrow plain); "
+        "for a source tree give format = code, for a single file of another name its format"
     )

@@ -20,6 +20,8 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
+OneWord = Annotated[str, Field(pattern=r"^\S*$")]
+
 SourceFormat = Literal["auto", "text", "lines", "jsonl", "csv", "parquet", "arrow", "code"]
 
 
@@ -116,10 +118,12 @@ class ShardsSpec(Section):
 class ClusterSpec(Section):
     """What each task of a Slurm job array asks for; what is empty is the cluster's default."""
 
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    time_minutes: Positive = Field(240, description="time limit of a task; what is unfinished is taken up again")
+    partition: OneWord = Field("", description="partition")
+    account: OneWord = Field("", description="account")
+    qos: OneWord = Field("", description="quality of service")
+    time_minutes: Annotated[int, Field(ge=5)] = Field(
+        240, description="time limit of a task; what is unfinished is taken up again"
+    )
     memory_gb: Annotated[float, Field(gt=0)] = Field(2.0, description="memory of a task")
     setup: tuple[str, ...] = Field((), description="shell lines to run before a task")
 
@@ -183,8 +187,8 @@ def load_prep_spec(
                 ["another DATA"] * (len(data) > 1) + [f"--{key}" for key in of_sources] + ["--weight"] * bool(weights)
             )
             raise UserError(
-                f"a prep spec says where all text is; {', '.join(given)} cannot be given beside it: put it into the file, "
-                "or change a key of it with sources.0.key=value"
+                f"a prep spec says where all text is; {', '.join(given)} cannot be given beside it: put it into the "
+                "file, or change a key of it with sources.0.key=value"
             )
         path = Path(data[0])
         values = read_toml(path)

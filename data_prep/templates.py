@@ -1,7 +1,7 @@
 """From a record to the parts of a document: fields chosen by name, put together by templates.
 
-A template is text with fields in braces, `"{title}\\n\\n{body}"`; what stands without braces is the name of one field. A
-field inside another is named by its path, `meta.title` or `answers.0`.
+A template is text with fields in braces, `"{title}\\n\\n{body}"`; what stands without braces is the name of one field.
+A field inside another is named by its path, `meta.title` or `answers.0`.
 """
 
 from __future__ import annotations

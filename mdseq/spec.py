@@ -103,6 +103,13 @@ class DataSpec(Section):
     packing: Literal["split", "whole"] = Field(
         "split", description="cut documents at row ends (no padding), or keep each whole (for source-target pairs)"
     )
+    shuffle_window: Positive = Field(
+        65_536,
+        description="rows that are shuffled together: more mix better, fewer fit into memory while they are read",
+    )
+    mixture: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        {}, description="weight of each source in the rows, 0 for none; default: the dataset's, or all rows alike"
+    )
     max_prefix: Fraction = Field(
         0.5, description="half of the texts keep a prefix of up to this share clean, to learn to continue; 0 for none"
     )

@@ -1,20 +1,20 @@
 """The unit that the model eats: one micro-batch of packed rows.
 
-Shapes: b rows, l slots of a row.
+Shapes: b rows, l slots of a row, p pieces of documents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mdseq.data.corpus import Corpus
-from mdseq.data.packing import Piece
+from mdseq.data.packing import Pieces
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.sparse.documents import NO_DOCUMENT, Documents
 
@@ -57,52 +57,85 @@ class Batch:
         return Documents(self.document_bl, self.position_bl, self.num_documents)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; from pinned memory, the host does not wait for the copies."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies without the host's help."""
+        return self._with_tensors(lambda tensor: tensor.pin_memory())
+
+    def split(self, num_rows: int) -> list[Batch]:
+        """Batches of `num_rows` rows each: views into this one."""
+        parts = []
+        for first in range(0, len(self.row_b), num_rows):
+            part = self._with_tensors(partial(torch.narrow, dim=0, start=first, length=num_rows))
+            parts.append(replace(part, num_documents=int(part.document_bl.max()) + 1))
+        return parts
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            tokens_bl=self.tokens_bl.to(device),
-            document_bl=self.document_bl.to(device),
-            position_bl=self.position_bl.to(device),
-            target_bl=self.target_bl.to(device),
-            row_b=self.row_b.to(device),
+            tokens_bl=change(self.tokens_bl),
+            document_bl=change(self.document_bl),
+            position_bl=change(self.position_bl),
+            target_bl=change(self.target_bl),
+            row_b=change(self.row_b),
         )
 
 
-class RowPlan(NamedTuple):
-    """A row before its tokens are read: `source_lengths` says how many leading tokens of each piece stay clean."""
+@dataclass(frozen=True)
+class RowPlan:
+    """Rows before their tokens are read.
 
-    row: int
-    pieces: tuple[Piece, ...]
-    source_lengths: tuple[int, ...]
+    row_b: int64, as in Batch.
+    pieces: what the rows hold; `pieces.row` counts within `row_b`, and every row has a piece.
+    source_length_p: int64, how many leading tokens of each piece stay clean.
+    """
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(piece.length for piece in self.pieces)
+    row_b: np.ndarray
+    pieces: Pieces
+    source_length_p: np.ndarray
+
+    def take(self, rows: np.ndarray) -> RowPlan:
+        """The plan of some of its rows alone, given by ascending indices."""
+        index_b = np.full(len(self.row_b), -1)
+        index_b[rows] = np.arange(len(rows))
+        (chosen,) = np.nonzero(index_b[self.pieces.row] >= 0)
+        pieces = self.pieces.select(chosen)
+        return RowPlan(self.row_b[rows], replace(pieces, row=index_b[pieces.row]), self.source_length_p[chosen])
 
 
-def collate(corpus: Corpus, plans: Sequence[RowPlan], row_length: int, step: int, totals: StepTotals) -> Batch:
+def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: StepTotals) -> Batch:
     """Lay the planned rows out as tensors; each token is copied once, from the mapped file into the batch."""
-    shape = (len(plans), row_length)
-    tokens_bl = np.full(shape, SpecialToken.PAD, dtype=np.int64)
-    document_bl = np.full(shape, NO_DOCUMENT, dtype=np.int64)
-    position_bl = np.zeros(shape, dtype=np.int64)
-    target_bl = np.zeros(shape, dtype=bool)
-    for b, plan in enumerate(plans):
-        begin = 0
-        for document, (piece, source_length) in enumerate(zip(plan.pieces, plan.source_lengths, strict=True)):
-            end = begin + piece.length
-            tokens_bl[b, begin:end] = corpus.tokens(*piece)
-            document_bl[b, begin:end] = document
-            position_bl[b, begin:end] = np.arange(piece.length)
-            target_bl[b, begin + source_length : end] = True
-            begin = end
+    pieces, (num_rows, num_pieces) = plan.pieces, (len(plan.row_b), len(plan.pieces))
+    first_piece_b = np.searchsorted(pieces.row, np.arange(num_rows))
+    before_p = np.cumsum(pieces.length) - pieces.length  # tokens of the pieces before, in all rows
+    slot_p = before_p - before_p[first_piece_b][pieces.row]
+    document_p = np.arange(num_pieces) - first_piece_b[pieces.row]
+
+    tokens_bl = np.full((num_rows, row_length), SpecialToken.PAD, dtype=np.int64)
+    document_bl = np.full_like(tokens_bl, NO_DOCUMENT)
+    position_bl = np.zeros_like(tokens_bl)
+    target_bl = np.zeros_like(tokens_bl, dtype=bool)
+    filled_bl = np.arange(row_length) < np.add.reduceat(pieces.length, first_piece_b)[:, None]
+    document_bl[filled_bl] = np.repeat(document_p, pieces.length)
+    position_bl[filled_bl] = np.arange(pieces.length.sum()) - np.repeat(before_p, pieces.length)
+    target_bl[filled_bl] = position_bl[filled_bl] >= np.repeat(plan.source_length_p, pieces.length)
+
+    # Pieces that are neighbours in a row and in the corpus are read in one go.
+    offset_p = pieces.position - before_p
+    starts = [0, *(np.nonzero((np.diff(offset_p) != 0) | (np.diff(pieces.row) != 0))[0] + 1).tolist()]
+    lengths = np.add.reduceat(pieces.length, starts).tolist()
+    for start, length in zip(starts, lengths, strict=True):
+        row, slot, position = int(pieces.row[start]), int(slot_p[start]), int(pieces.position[start])
+        corpus.read(position, tokens_bl[row, slot : slot + length])
     return Batch(
         tokens_bl=torch.from_numpy(tokens_bl),
         document_bl=torch.from_numpy(document_bl),
         position_bl=torch.from_numpy(position_bl),
         target_bl=torch.from_numpy(target_bl),
-        row_b=torch.tensor([plan.row for plan in plans]),
-        num_documents=max(len(plan.pieces) for plan in plans),
+        row_b=torch.from_numpy(plan.row_b),
+        num_documents=int(document_p.max()) + 1,
         step=step,
         totals=totals,
     )

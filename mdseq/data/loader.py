@@ -1,16 +1,21 @@
-"""Each rank's share of a step, read one step ahead of the training loop."""
+"""Each rank's share of a step, read while the training loop is busy with the steps before."""
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import torch
 
 from mdseq.data.batch import Batch, RowPlan, StepTotals, collate
 from mdseq.data.corpus import Corpus
-from mdseq.data.order import RowOrder
+from mdseq.data.order import Order
 from mdseq.data.packing import Packing
 from mdseq.data.prefix import CleanPrefix
+
+# One step would do if reading never took longer than a step; the second one rides over a slow disk.
+STEPS_AHEAD = 2
 
 
 class Loader:
@@ -18,19 +23,23 @@ class Loader:
 
     Micro-batch k of rank r takes rows [(k * num_ranks + r) * micro_batch_size :][: micro_batch_size] of the
     step's global batch, so the rows of a step do not depend on how ranks and accumulation share them.
+
+    A thread reads STEPS_AHEAD steps ahead of the one asked for, into pinned memory if `device` is a GPU. What fails in
+    it is raised when that step is asked for.
     """
 
     def __init__(
         self,
         corpus: Corpus,
         packing: Packing,
-        order: RowOrder,
+        order: Order,
         row_length: int,
         batch_size: int,
         micro_batch_size: int,
         rank: int,
         num_ranks: int,
         prefix: CleanPrefix | None = None,
+        device: torch.device | None = None,
     ) -> None:
         assert batch_size % (micro_batch_size * num_ranks) == 0
         assert 0 <= rank < num_ranks
@@ -43,53 +52,56 @@ class Loader:
         self.rank = rank
         self.num_ranks = num_ranks
         self.prefix = prefix
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
-        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+        self._gpu = device if device is not None and device.type == "cuda" else None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=self._start_reader)
+        self._next_step = 0
+        self._ahead: deque[Future[list[Batch]]] = deque()  # of _next_step and those after it
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of `step`, in accumulation order; starts to read the next step."""
-        if self._ahead is not None and self._ahead[0] == step:
-            batches = self._ahead[1].result()
-        else:
-            batches = self._read(step)
-        self._ahead = (step + 1, self._reader.submit(self._read, step + 1))
+        """This rank's micro-batches of `step`, in accumulation order; the steps after it are read meanwhile."""
+        if step != self._next_step:
+            for future in self._ahead:
+                future.cancel()
+            self._ahead.clear()
+        self._next_step = step + 1
+        future = self._ahead.popleft() if self._ahead else self._reader.submit(self._read, step)
+        batches = future.result()
+        while len(self._ahead) < STEPS_AHEAD:
+            self._ahead.append(self._reader.submit(self._read, self._next_step + len(self._ahead)))
         return batches
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead; waits for the step being read, if any."""
         self._reader.shutdown(wait=True, cancel_futures=True)
 
+    def _start_reader(self) -> None:
+        if self._gpu is not None:  # a thread starts out on GPU 0, and would take some of its memory to pin ours
+            torch.cuda.set_device(self._gpu)
+
     def _read(self, step: int) -> list[Batch]:
-        plans = self._plan(step)
+        plan = self._plan(step)
         # Counted from the plan alone, so every rank knows them without reading tokens or communicating.
+        num_tokens = int(plan.pieces.length.sum())
         totals = StepTotals(
-            rows=len(plans),
-            tokens=sum(plan.num_tokens for plan in plans),
-            target_tokens=sum(plan.num_tokens - sum(plan.source_lengths) for plan in plans),
-            documents=sum(len(plan.pieces) for plan in plans),
+            rows=len(plan.row_b),
+            tokens=num_tokens,
+            target_tokens=num_tokens - int(plan.source_length_p.sum()),
+            documents=len(plan.pieces),
             micro_batches=self.batch_size // self.micro_batch_size,
         )
-        group = self.num_ranks * self.micro_batch_size
-        starts = range(self.rank * self.micro_batch_size, self.batch_size, group)
-        shares = [plans[start : start + self.micro_batch_size] for start in starts]
-        return [collate(self.corpus, share, self.row_length, step, totals) for share in shares]
+        by_micro_batch = np.arange(self.batch_size).reshape(-1, self.num_ranks, self.micro_batch_size)
+        share = plan.take(by_micro_batch[:, self.rank].flatten())
+        batch = collate(self.corpus, share, self.row_length, step, totals)
+        if self._gpu is not None:
+            batch = batch.pin_memory()
+        return batch.split(self.micro_batch_size)
 
-    def _plan(self, step: int) -> list[RowPlan]:
+    def _plan(self, step: int) -> RowPlan:
         """The rows of the global batch: their pieces, and how much of each is source."""
         rows = self.order.rows(step, self.batch_size)
-        pieces = [self.packing.row(row) for row in rows.tolist()]
-        shares = np.zeros((len(rows), max(map(len, pieces))))
+        pieces = self.packing.pieces(rows)
+        source_length = np.maximum(self.corpus.target_starts(pieces.document) - pieces.start, 0)
         if self.prefix is not None:
-            shares = self.prefix.shares(step, rows, shares.shape[1])
-        starts = self.corpus.target_starts
-        return [
-            RowPlan(
-                row,
-                row_pieces,
-                tuple(
-                    min(piece.length, max(int(starts[piece.document]) - piece.start, int(share * piece.length)))
-                    for piece, share in zip(row_pieces, row_shares, strict=False)
-                ),
-            )
-            for row, row_pieces, row_shares in zip(rows.tolist(), pieces, shares.tolist(), strict=True)
-        ]
+            prefix_length = (self.prefix.shares(step, rows, pieces) * pieces.length).astype(np.int64)
+            source_length = np.maximum(source_length, prefix_length)
+        return RowPlan(rows, pieces, np.minimum(source_length, pieces.length))

@@ -7,93 +7,210 @@ those before it.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
 
 import numpy as np
 
+from mdseq.data.best_fit import fewest_rows
 from mdseq.data.corpus import Corpus
 from mdseq.errors import UserError
 
+# Documents that are packed together: enough for rows without padding, few enough to be near each other on the disk.
+PACKING_WINDOW = 2**16
+# Rows that are looked at to describe a plan whose numbers would otherwise take a walk through all documents.
+REPORT_ROWS = 512
 
-class Piece(NamedTuple):
-    """Tokens start..stop of a document."""
 
-    document: int
-    start: int
-    stop: int
+@dataclass(frozen=True)
+class Pieces:
+    """Pieces of documents that fill some rows, row after row; int64 [p] each.
 
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
+    Attributes:
+        row: Index of the piece's row among the rows that were asked for, ascending.
+        document: Its document.
+        start: Index within the document of its first token.
+        length: Its tokens.
+        position: Its first token's position in the corpus' stream of tokens.
+    """
+
+    row: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    position: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    def select(self, chosen: slice | np.ndarray) -> Pieces:
+        return Pieces(*(getattr(self, field.name)[chosen] for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What a plan makes of its documents.
+
+    Attributes:
+        num_rows: Rows.
+        padding_fraction: Share of all slots that hold no token.
+        cut_fraction: Share of the documents that are spread over several rows.
+        documents_per_row: Documents, or pieces of them, in a row, on average.
+    """
+
+    num_rows: int
+    padding_fraction: float
+    cut_fraction: float
+    documents_per_row: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rows:,} rows, {self.padding_fraction:.2%} padding, "
+            f"{self.documents_per_row:.1f} documents a row, {self.cut_fraction:.1%} of the documents cut"
+        )
 
 
 class Packing(Protocol):
-    """A plan: `num_rows` rows of at most `row_length` tokens; every token of the corpus is in exactly one."""
+    """A plan: `num_rows` rows of at most `row_length` tokens; every token of its documents is in exactly one."""
 
     num_rows: int
-    padding_fraction: float  # share of all slots that hold no token
 
-    def row(self, index: int) -> tuple[Piece, ...]: ...
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        """What `rows`, int64 [n], hold."""
+
+
+class DocumentPacking(Packing, Protocol):
+    """A plan made of documents, rather than of other plans."""
+
+    def report(self) -> PackingReport:
+        """What it makes of the documents."""
 
 
 class SplitPacking:
-    """Concatenate all documents and cut every `row_length` tokens: only the last row has padding."""
+    """Concatenate the documents and cut every `row_length` tokens: only the last row has padding."""
 
-    def __init__(self, corpus: Corpus, row_length: int) -> None:
-        self.row_length = row_length
-        self.num_rows = -(-corpus.num_tokens // row_length)
-        self.padding_fraction = 1 - corpus.num_tokens / (self.num_rows * row_length)
-        self._offsets = corpus.offsets
+    def __init__(self, corpus: Corpus, row_length: int, documents: range | None = None) -> None:
+        self._corpus = corpus
+        self._row_length = row_length
+        self._documents = range(corpus.num_documents) if documents is None else documents
+        self._first_token, self._end_token = _stretch(corpus, self._documents)
+        self.num_rows = -(-(self._end_token - self._first_token) // row_length)
 
-    def row(self, index: int) -> tuple[Piece, ...]:
-        assert 0 <= index < self.num_rows
-        start = index * self.row_length
-        stop = min(start + self.row_length, int(self._offsets[-1]))
-        first = int(np.searchsorted(self._offsets, start, side="right")) - 1
-        last = int(np.searchsorted(self._offsets, stop, side="left"))
-        edges = self._offsets[first : last + 1].tolist()
-        return tuple(
-            Piece(first + i, max(start, edge) - edge, min(stop, edges[i + 1]) - edge)
-            for i, edge in enumerate(edges[:-1])
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        row_begins = self._first_token + rows * self._row_length
+        row_ends = np.minimum(row_begins + self._row_length, self._end_token)
+        first_documents, _ = self._corpus.locate(row_begins)
+        last_documents, _ = self._corpus.locate(row_ends - 1)
+        row, document = _ranges(first_documents, last_documents + 1)
+        begins, ends = self._corpus.extents(document)
+        position = np.maximum(begins, row_begins[row])
+        return Pieces(row, document, position - begins, np.minimum(ends, row_ends[row]) - position, position)
+
+    def report(self) -> PackingReport:
+        """Padding is exact; the other two are those of REPORT_ROWS rows spread evenly."""
+        rows = np.unique(np.linspace(0, self.num_rows - 1, REPORT_ROWS).astype(np.int64))
+        pieces = self.pieces(rows)
+        begins, ends = self._corpus.extents(pieces.document)
+        starting = pieces.start == 0  # each document is counted where it starts
+        cut = starting & (pieces.length < ends - begins)
+        return PackingReport(
+            self.num_rows,
+            1 - (self._end_token - self._first_token) / (self.num_rows * self._row_length),
+            float(cut.sum() / max(1, starting.sum())),
+            len(pieces) / len(rows),
         )
 
 
 class WholePacking:
-    """Fill rows with whole documents in order (next fit), at most `max_documents_per_row` in each; cut none.
+    """Fill rows with whole documents, at most `max_documents_per_row` in each; cut none.
 
-    Raises UserError when a document does not fit in a row.
+    Each PACKING_WINDOW of consecutive documents is packed on its own, so a row's documents are near each other. The
+    plan takes two bytes a document and eight a row; to make it, the lengths of all documents are read once.
+
+    Raises:
+        UserError: A document does not fit in a row.
     """
 
-    def __init__(self, corpus: Corpus, row_length: int, max_documents_per_row: int) -> None:
-        _require_fit(np.diff(corpus.offsets), row_length)
-        self._offsets = corpus.offsets
-        self._first_document = _next_fit(corpus.offsets, row_length, max_documents_per_row)
-        self.num_rows = len(self._first_document) - 1
-        self.padding_fraction = 1 - corpus.num_tokens / (self.num_rows * row_length)
+    def __init__(
+        self, corpus: Corpus, row_length: int, max_documents_per_row: int, documents: range | None = None
+    ) -> None:
+        self._corpus = corpus
+        self._row_length = row_length
+        self._documents = range(corpus.num_documents) if documents is None else documents
+        order, sizes = [], []
+        too_long, longest, self._num_tokens = 0, 0, 0
+        for window in _windows(self._documents):
+            begins, ends = corpus.extents(np.arange(window.start, window.stop))
+            lengths = ends - begins
+            self._num_tokens += int(lengths.sum())
+            too_long += int(np.count_nonzero(lengths > row_length))
+            longest = max(longest, int(lengths.max()))
+            if not too_long:
+                window_order, window_sizes = fewest_rows(lengths, row_length, max_documents_per_row)
+                order.append(window_order.astype(np.uint16))
+                sizes.append(window_sizes)
+        if too_long:
+            raise UserError(
+                f"{too_long:,} of {len(self._documents):,} documents are longer than data.row_length = "
+                f"{row_length:,} tokens (the longest has {longest:,}), and whole documents are never cut: "
+                "raise data.row_length to at least that, or build the dataset without them"
+            )
+        self._order = np.concatenate(order)
+        self._row_edges = np.concatenate([[0], *sizes]).cumsum()
+        self.num_rows = len(self._row_edges) - 1
 
-    def row(self, index: int) -> tuple[Piece, ...]:
-        assert 0 <= index < self.num_rows
-        first, last = int(self._first_document[index]), int(self._first_document[index + 1])
-        lengths = np.diff(self._offsets[first : last + 1]).tolist()
-        return tuple(Piece(first + i, 0, length) for i, length in enumerate(lengths))
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        row, place = _ranges(self._row_edges[rows], self._row_edges[rows + 1])
+        window = place // PACKING_WINDOW
+        document = self._documents.start + window * PACKING_WINDOW + self._order[place]
+        begins, ends = self._corpus.extents(document)
+        return Pieces(row, document, np.zeros_like(begins), ends - begins, begins)
 
-
-def _next_fit(offsets: np.ndarray, row_length: int, max_documents_per_row: int) -> np.ndarray:
-    """First document of each row, and the number of documents at the end: int64 [num_rows + 1]."""
-    num_documents = len(offsets) - 1
-    first_document = [0]
-    while first_document[-1] < num_documents:
-        first = first_document[-1]
-        fitting = int(np.searchsorted(offsets, offsets[first] + row_length, side="right")) - 1
-        first_document.append(min(fitting, first + max_documents_per_row))
-    return np.array(first_document, dtype=np.int64)
-
-
-def _require_fit(lengths: np.ndarray, row_length: int) -> None:
-    num_too_long = int(np.count_nonzero(lengths > row_length))
-    if num_too_long:
-        raise UserError(
-            f"{num_too_long:,} of {len(lengths):,} documents are longer than data.row_length = {row_length:,}"
-            f" tokens (the longest has {int(lengths.max()):,}), and whole documents are never cut: "
-            "raise data.row_length to at least that, or build the dataset without them"
+    def report(self) -> PackingReport:
+        return PackingReport(
+            self.num_rows,
+            1 - self._num_tokens / (self.num_rows * self._row_length),
+            0.0,
+            len(self._documents) / self.num_rows,
         )
+
+
+class JoinedPacking:
+    """The rows of several plans, one plan after another."""
+
+    def __init__(self, parts: Sequence[Packing]) -> None:
+        self._parts = parts
+        self._edges = np.cumsum([0, *(part.num_rows for part in parts)])
+        self.num_rows = int(self._edges[-1])
+
+    def pieces(self, rows: np.ndarray) -> Pieces:
+        part_of_row = np.searchsorted(self._edges, rows, side="right") - 1
+        found = []
+        for part in np.unique(part_of_row):
+            (chosen,) = np.nonzero(part_of_row == part)
+            pieces = self._parts[part].pieces(rows[chosen] - self._edges[part])
+            found.append(replace(pieces, row=chosen[pieces.row]))
+        joined = Pieces(
+            *(np.concatenate([getattr(pieces, field.name) for pieces in found]) for field in fields(Pieces))
+        )
+        return joined.select(np.argsort(joined.row, kind="stable"))
+
+
+def _stretch(corpus: Corpus, documents: range) -> tuple[int, int]:
+    """Where consecutive documents begin and end in the stream of tokens."""
+    begins, ends = corpus.extents(np.array([documents[0], documents[-1]]))
+    return int(begins[0]), int(ends[1])
+
+
+def _windows(documents: range) -> Iterator[range]:
+    for first in range(0, len(documents), PACKING_WINDOW):
+        yield documents[first : first + PACKING_WINDOW]
+
+
+def _ranges(firsts: np.ndarray, stops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers of several ranges, one range after another: the range that each is in, and the numbers."""
+    counts = stops - firsts
+    index = np.repeat(np.arange(len(counts)), counts)
+    before = np.cumsum(counts) - counts
+    return index, np.arange(len(index)) - before[index] + firsts[index]

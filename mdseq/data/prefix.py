@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mdseq.data.packing import Pieces
 from mdseq.noise import NoiseKey, Purpose
 
 
@@ -19,8 +20,9 @@ class CleanPrefix:
         self.seed = seed
         self.max_share = max_share
 
-    def shares(self, step: int, rows: np.ndarray, num_pieces: int) -> np.ndarray:
-        """Share of each piece that stays clean, float [len(rows), num_pieces]."""
+    def shares(self, step: int, rows: np.ndarray, pieces: Pieces) -> np.ndarray:
+        """Share of each piece of `rows` that stays clean, float32 [len(pieces)]."""
+        place = np.arange(len(pieces)) - np.searchsorted(pieces.row, pieces.row)  # within its row
         key = NoiseKey(self.seed, step, torch.from_numpy(rows))
-        uniform = key.uniform(Purpose.PREFIX, num_pieces).numpy()
+        uniform = key.uniform(Purpose.PREFIX, int(place.max()) + 1).numpy()[pieces.row, place]
         return np.maximum(2.0 * uniform - 1.0, 0.0) * self.max_share

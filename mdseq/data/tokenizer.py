@@ -1,16 +1,21 @@
-"""Text to token ids and back, without losing a character.
+"""Text to token ids and back, without losing a character, however long the text.
 
-A thin layer over a SentencePiece unigram model that has byte fallback and identity normalisation, so every
-valid Unicode text is representable. Two things are added: text is encoded in blocks that end at a line break
-(a bounded lattice however long the document; a line break is a token of its own, so no token can straddle a
-seam), and the character U+2581, which SentencePiece itself uses to write a space, is spelled in bytes.
+A thin layer over a SentencePiece model (unigram or BPE) that has byte fallback and identity normalisation, so every
+valid Unicode text is representable. Two things are added:
+
+- Text is encoded in blocks, so that memory is bounded and time is linear. A block ends where no token could straddle
+  the seam, and where that is depends on the text alone: never on the pieces in which the text arrived. So the tokens
+  are those of the text as a whole; a unigram model's choice between two equally likely ways is open either way.
+- The character U+2581, which SentencePiece itself uses to write a space, is spelled in bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +24,11 @@ import sentencepiece
 from mdseq.errors import UserError
 
 BLOCK_CHARACTERS = 4096
+MAX_BLOCK_CHARACTERS = 65_536
+BLOCKS_AT_A_TIME = 32
 SPACE_MARK = "\u2581"
-ROUND_TRIP_PROBE = f"  a\n\n\tb \r\n {SPACE_MARK}\0 <sep></s> \u00e9\U0001f600 "
+_SPACE_MARKS = re.compile(f"({SPACE_MARK}+)")
+ROUND_TRIP_PROBE = f"  a\n\n\tb \r\n {SPACE_MARK}\0 <sep></s> \u00e9e\u0301\ufb01\uff21\U0001f600 "
 
 
 class SpecialToken(IntEnum):
@@ -34,7 +42,13 @@ class SpecialToken(IntEnum):
 
 
 class Tokenizer:
-    """A trained vocabulary. Raises UserError when the model loses text or has other special ids."""
+    """A trained vocabulary. Raises UserError when the model loses text or has other special ids.
+
+    Attributes:
+        fingerprint: SHA-256 of the model, in hexadecimal.
+        is_byte: bool [vocab_size], the tokens that spell a single byte, of a character that no piece has.
+        text_bytes: int64 [vocab_size], length of the UTF-8 text of each token; 0 for special tokens.
+    """
 
     def __init__(self, model: bytes, origin: str = "tokenizer") -> None:
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -45,7 +59,15 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._processor.vocab_size()
         self._require_special_ids(origin)
-        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        mark_bytes = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
+        self._space_mark_ids = np.array([self._processor.piece_to_id(byte) for byte in mark_bytes], np.int32)
+        ids = range(self.vocab_size)
+        self._spellings = [self._spelling(index) for index in ids]
+        self.text_bytes: np.ndarray = np.array([len(spelling) for spelling in self._spellings], dtype=np.int64)
+        self.is_byte: np.ndarray = np.array([self._processor.IsByte(index) for index in ids])
+        # Characters that stand side by side in a piece, so that a token may straddle the seam between them.
+        pieces = [self._spellings[index].decode() for index in ids if not self.is_byte[index]]
+        self._joined = frozenset(left + right for piece in pieces for left, right in pairwise(piece))
         if self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
             raise UserError(
                 f"{origin} does not give back the text that it encodes; it must have byte fallback, identity "
@@ -63,23 +85,65 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of `text`, int32 [length], without special tokens."""
-        ids: list[int] = []
-        for position, stretch in enumerate(text.split(SPACE_MARK)):
-            if position:
-                ids += self._space_mark_ids
-            for block_ids in self._processor.encode(list(line_blocks(stretch)), num_threads=1):
-                ids += block_ids
-        return np.array(ids, dtype=np.int32)
+        return np.concatenate([np.empty(0, np.int32), *self.encode_pieces((text,))])
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """`encode` of each text."""
-        return [self.encode(text) for text in texts]
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """Token ids of a text that arrives in pieces; joined, they are `encode("".join(pieces))`.
+
+        Yields int32 arrays. Holds no more text than a piece and BLOCKS_AT_A_TIME blocks.
+        """
+        blocks = self.blocks(pieces)
+        while some := list(islice(blocks, BLOCKS_AT_A_TIME)):
+            yield np.concatenate([ids for block in some for ids in self._encode_block(block)])
+
+    def blocks(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The blocks of a text that arrives in pieces; joined, they are the text.
+
+        A block ends at the first position, BLOCK_CHARACTERS or more after its start, where the characters before and
+        after stand side by side in no piece of the vocabulary. Where there is none within MAX_BLOCK_CHARACTERS, it is
+        cut there: the tokens there may differ from those of the text as a whole, but they still spell it.
+        """
+        rest = ""
+        for chunk in _joined_to(MAX_BLOCK_CHARACTERS, pieces):
+            text = rest + chunk
+            start = 0
+            while stop := self._end_of_block(text, start):
+                yield text[start:stop]
+                start = stop
+            rest = text[start:]
+        if rest:
+            yield rest
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Text of `ids`. Special tokens are dropped and end nothing; broken UTF-8 becomes U+FFFD."""
-        ids = np.asarray(ids, dtype=np.int64)
-        text: str = self._processor.decode(ids[ids > max(SpecialToken)].tolist())
-        return text
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """UTF-8 text of `ids`. That of a longer text may be decoded stretch by stretch, cut anywhere."""
+        return b"".join([self._spellings[index] for index in np.asarray(ids, dtype=np.int64).tolist()])
+
+    def _end_of_block(self, text: str, start: int) -> int:
+        """End of the block that starts at `start`; 0 when that takes more text to tell."""
+        limit = start + MAX_BLOCK_CHARACTERS
+        for position in range(start + BLOCK_CHARACTERS, min(len(text), limit)):
+            if text[position - 1 : position + 1] not in self._joined:
+                return position
+        return limit if len(text) >= limit else 0
+
+    def _encode_block(self, block: str) -> Iterator[np.ndarray]:
+        if SPACE_MARK not in block:  # many times faster than the split
+            yield self._processor.EncodeAsNumpy(block)
+            return
+        for index, stretch in enumerate(_SPACE_MARKS.split(block)):
+            is_marks = index % 2
+            yield np.tile(self._space_mark_ids, len(stretch)) if is_marks else self._processor.EncodeAsNumpy(stretch)
+
+    def _spelling(self, index: int) -> bytes:
+        model = self._processor
+        if model.IsControl(index) or model.IsUnknown(index):
+            return b""
+        piece: str = model.IdToPiece(index)
+        return bytes([int(piece[3:5], 16)]) if model.IsByte(index) else piece.replace(SPACE_MARK, " ").encode()
 
     def _require_special_ids(self, origin: str) -> None:
         model = self._processor
@@ -93,11 +157,14 @@ class Tokenizer:
             )
 
 
-def line_blocks(text: str) -> Iterator[str]:
-    """Cut `text` after line breaks into blocks of at least BLOCK_CHARACTERS; joined, they are `text`."""
-    start = 0
-    while start < len(text):
-        line_break = text.find("\n", start + BLOCK_CHARACTERS)
-        stop = len(text) if line_break < 0 else line_break + 1
-        yield text[start:stop]
-        start = stop
+def _joined_to(num_characters: int, pieces: Iterable[str]) -> Iterator[str]:
+    """`pieces`, joined until they have `num_characters`, so that many small ones cost no more than a few large ones."""
+    held: list[str] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece)
+        if size >= num_characters:
+            yield "".join(held)
+            held, size = [], 0
+    yield "".join(held)

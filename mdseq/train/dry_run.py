@@ -8,12 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mdseq.data.format import Manifest
+from mdseq.data.corpus import Corpus
 from mdseq.engine.config import EngineConfig
 from mdseq.model.cost import count_parameters, memory_per_rank
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.settings import Resolved
 from mdseq.spec import RunSpec
+from mdseq.train.rows import Rows
 
 ASSUMED_VOCAB_SIZE = 16_384
 
@@ -31,10 +32,10 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     console.print("\n[bold]engine configuration[/bold]")
     console.print_json(json.dumps(engine.values))
 
+    vocab_size, origin, rows = ASSUMED_VOCAB_SIZE, "assumed; give --data for the real one", "give --data to count them"
     if spec.data.path:
-        vocab_size, origin = Manifest.load(Path(spec.data.path)).vocab_size, spec.data.path
-    else:
-        vocab_size, origin = ASSUMED_VOCAB_SIZE, "assumed; give --data for the real one"
+        corpus = Corpus.open(Path(spec.data.path), "train")
+        vocab_size, origin, rows = corpus.manifest.vocab_size, spec.data.path, Rows.of(corpus, spec).describe()
     config = DenoiserConfig.of(spec, vocab_size)
     parameters = count_parameters(config, spec.diffusion.absorbing)
     size = Table(title="size", title_justify="left", show_header=False)
@@ -43,6 +44,7 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     size.add_row("  active per token", f"{parameters.active:,}")
     size.add_row("ranks", f"{engine.num_ranks}, experts spread over {engine.expert_parallel_size}")
     size.add_row("micro-batches per rank and step", f"{engine.micro_batches}")
+    size.add_row("rows", rows)
     size.add_row("tokens per step", f"{spec.data.batch_size * spec.data.row_length:,}")
     size.add_row("tokens in all", f"{spec.schedule.steps * spec.data.batch_size * spec.data.row_length:,}")
     console.print(size)

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import TOKENIZER_FILE
 from mdseq.data.loader import Loader
-from mdseq.data.order import RowOrder
-from mdseq.data.packing import Packing, SplitPacking, WholePacking
 from mdseq.data.prefix import CleanPrefix
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
@@ -27,10 +25,8 @@ from mdseq.report.metrics import MetricsWriter
 from mdseq.spec import RunSpec
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook
 from mdseq.train.loop import Hook, Trainer
+from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
-
-# With whole documents, the most that a row may hold: it bounds the number of global slots.
-MAX_DOCUMENTS_PER_ROW = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +40,7 @@ class RunPlan:
     spec: RunSpec
     engine: EngineConfig
     corpus: Corpus
-    packing: Packing
+    rows: Rows
     tokenizer: Tokenizer
     run: RunFolder
     resume_from: Path | None
@@ -59,26 +55,14 @@ def plan_run(spec: RunSpec, engine: EngineConfig, output: Path, resume: str) -> 
     if not spec.data.path:
         raise UserError("no dataset: give --data DIR (or data.path), a folder made by `make prep`")
     corpus = Corpus.open(Path(spec.data.path), "train")
-    packing = make_packing(corpus, spec)
+    rows = Rows.of(corpus, spec)
     tokenizer = Tokenizer.load(Path(spec.data.path) / TOKENIZER_FILE)
     run = RunFolder(output)
     run.check_usable()
     found = run.find_checkpoint(resume)
     if found is not None:
         check_same_run(*found, spec, engine, corpus.manifest.fingerprint)
-    return RunPlan(spec, engine, corpus, packing, tokenizer, run, found[0] if found else None)
-
-
-def make_packing(corpus: Corpus, spec: RunSpec) -> Packing:
-    """The plan of rows that the spec asks for."""
-    if spec.data.packing == "whole":
-        return WholePacking(corpus, spec.data.row_length, MAX_DOCUMENTS_PER_ROW)
-    if corpus.manifest.kind == "pair":
-        raise UserError(
-            "data.packing = split would cut sources from their targets, and this dataset holds pairs: "
-            "set data.packing=whole"
-        )
-    return SplitPacking(corpus, spec.data.row_length)
+    return RunPlan(spec, engine, corpus, rows, tokenizer, run, found[0] if found else None)
 
 
 def train(plan: RunPlan) -> None:
@@ -98,14 +82,15 @@ def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     engine = build_engine(objective, plan.engine)
     loader = Loader(
         corpus,
-        plan.packing,
-        RowOrder(plan.packing.num_rows, spec.seed),
+        plan.rows.packing,
+        plan.rows.order,
         spec.data.row_length,
         spec.data.batch_size,
         spec.data.micro_batch_size,
         dist.get_rank(),
         dist.get_world_size(),
         CleanPrefix(spec.seed, spec.data.max_prefix) if corpus.manifest.kind == "text" else None,
+        device,
     )
     trainer = Trainer(spec, engine, loader, WeightAverage(engine, spec.optimiser.ema_decay), device)
     if plan.resume_from is not None:
@@ -121,7 +106,7 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
         plan.run.write_description(spec, plan.engine)
         writer = MetricsWriter(plan.run.path, trainer.step)
         start = f"continuing {plan.resume_from}" if plan.resume_from else f"starting {plan.run.path} from the beginning"
-        print(f"{start}: step {trainer.step} of {spec.schedule.steps}", flush=True)
+        print(f"{start}: step {trainer.step} of {spec.schedule.steps}\n{plan.rows.describe()}", flush=True)
     checkpoint = CheckpointManifest(
         step=trainer.step,
         num_ranks=plan.engine.num_ranks,
@@ -152,6 +137,6 @@ def _sample_sources(plan: RunPlan) -> list[str]:
         return [""] * count
     sources = []
     for document in range(min(count, corpus.num_documents)):
-        ids = corpus.tokens(document, 0, int(corpus.target_starts[document]))
+        ids = corpus.tokens(document, 0, corpus.target_start(document))
         sources.append(plan.tokenizer.decode([i for i in ids.tolist() if i >= len(SpecialToken)]))
     return sources

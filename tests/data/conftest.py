@@ -1,56 +1,55 @@
-"""Corpora whose every token is known: token value = FIRST_TOKEN + its index in the whole corpus."""
+"""Corpora whose every token is known, and a small vocabulary."""
 
+from __future__ import annotations
+
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from data_prep.vocabulary import WindowSample, train_vocabulary
 from mdseq.data.corpus import Corpus
-from mdseq.data.format import Manifest, SplitEntry, shard_schema, special_token_ids
 from mdseq.data.tokenizer import Tokenizer
+from tests.data.datasets import Shard, write_dataset
 
-FIRST_TOKEN = 5
 CorpusOf = Callable[..., Corpus]
 
 
-def _corpus_of(
-    lengths: Sequence[int], target_starts: Sequence[int] | None = None, documents_per_batch: int = 3
-) -> Corpus:
-    schema = shard_schema("uint16", "none")
-    starts = [1] * len(lengths) if target_starts is None else list(target_starts)
-    batches, next_token = [], FIRST_TOKEN
-    for first in range(0, len(lengths), documents_per_batch):
-        part = lengths[first : first + documents_per_batch]
-        offsets = np.cumsum([0, *part])
-        values = pa.array(np.arange(next_token, next_token + sum(part)), type=pa.uint16())
-        next_token += sum(part)
-        columns = [
-            pa.LargeListArray.from_arrays(pa.array(offsets), values, type=schema.field("tokens").type),
-            pa.array(starts[first : first + documents_per_batch], type=pa.int64()),
-            pa.array([bytes(16)] * len(part), type=pa.binary(16)),
-            pa.array(["made.txt"] * len(part)).dictionary_encode(),
-        ]
-        batches.append(pa.RecordBatch.from_arrays(columns, schema=schema))
-    split = SplitEntry(shards=(), documents=len(lengths), tokens=sum(lengths), text_bytes=0)
-    manifest = Manifest(
-        kind="text",
-        tokenizer_fingerprint="none",
-        vocab_size=65536,
-        dtype="uint16",
-        special_tokens=special_token_ids(),
-        splits={"train": split},
-        rejected={},
-        options={},
-    )
-    return Corpus(manifest, batches)
-
-
 @pytest.fixture(scope="session")
-def corpus_of() -> CorpusOf:
-    return _corpus_of
+def corpus_of(tmp_path_factory: pytest.TempPathFactory) -> CorpusOf:
+    """Makes a corpus of documents of given lengths: every token's value is its position in the stream.
+
+    It is spread over shards and record batches of a few documents each, so that what is read crosses their borders.
+    """
+    folder, numbers = tmp_path_factory.mktemp("corpora"), itertools.count()
+
+    def make(
+        lengths: Sequence[int],
+        target_starts: Sequence[int] | None = None,
+        documents_per_shard: int = 5,
+        documents_per_batch: int = 3,
+        weights: dict[str, float] | None = None,
+        documents_per_source: int | None = None,
+    ) -> Corpus:
+        starts = [1] * len(lengths) if target_starts is None else list(target_starts)
+        sources: dict[str, list[Shard]] = {}
+        per_source = documents_per_source or len(lengths)
+        for source, begin in enumerate(range(0, len(lengths), per_source)):
+            end = min(begin + per_source, len(lengths))
+            shards = []
+            for first in range(begin, end, documents_per_shard):
+                stop = min(first + documents_per_shard, end)
+                tokens = np.arange(sum(lengths[:first]), sum(lengths[:stop]), dtype=np.uint16)
+                shards.append(Shard(tokens, lengths[first:stop], starts[first:stop]))
+            sources["abcdefgh"[source]] = shards
+        path = write_dataset(
+            folder / str(next(numbers)), {"train": sources}, weights=weights, documents_per_batch=documents_per_batch
+        )
+        return Corpus.open(path, "train")
+
+    return make
 
 
 @pytest.fixture(scope="session")

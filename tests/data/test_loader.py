@@ -1,5 +1,12 @@
 """Batches hold exactly what the plan says, however ranks and micro-batches share the step."""
 
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,12 +18,13 @@ from hypothesis import strategies as st
 from mdseq.data.batch import Batch
 from mdseq.data.corpus import Corpus
 from mdseq.data.loader import Loader
+from mdseq.data.mixture import MixedOrder
 from mdseq.data.order import RowOrder
-from mdseq.data.packing import SplitPacking, WholePacking
+from mdseq.data.packing import JoinedPacking, Packing, Pieces, SplitPacking, WholePacking
 from mdseq.data.prefix import CleanPrefix
 from mdseq.data.tokenizer import SpecialToken
+from mdseq.errors import UserError
 
-FIRST_TOKEN = 5
 LENGTHS = [7, 3, 12, 5, 2, 2, 9, 4, 16, 6, 3, 3]
 TARGET_STARTS = [1, 2, 8, 1, 1, 1, 3, 2, 11, 1, 2, 1]
 FIELDS = ("tokens_bl", "document_bl", "position_bl", "target_bl", "row_b")
@@ -55,25 +63,38 @@ def test_layout_of_ranks_does_not_change_the_step(corpus_of: Any, micro_batch_si
             assert batch.totals.documents == reference.totals.documents
 
 
-@given(st.integers(0, 20), st.integers(1, 30))
-def test_batch_agrees_with_the_corpus(corpus_of: Any, step: int, row_length: int) -> None:
+def packings(corpus: Corpus, row_length: int) -> list[Packing]:
+    split, whole = SplitPacking(corpus, row_length), WholePacking(corpus, max(16, row_length), 3)
+    return [split, whole, JoinedPacking([split, whole])]
+
+
+@given(st.integers(0, 20), st.integers(1, 30), st.integers(0, 2))
+def test_batch_agrees_with_the_corpus(corpus_of: Any, step: int, row_length: int, packing_index: int) -> None:
+    """Token by token, and document by document of each row."""
     corpus = corpus_of(LENGTHS, TARGET_STARTS)
-    packing = SplitPacking(corpus, row_length)
-    ((batch,),) = read(corpus, step, micro_batch_size=4, num_ranks=1, row_length=row_length)
+    packing = packings(corpus, row_length)[packing_index]
+    order = RowOrder(packing.num_rows, seed=1)
+    with closing(Loader(corpus, packing, order, max(16, row_length), 4, 4, rank=0, num_ranks=1)) as loader:
+        (batch,) = loader.micro_batches(step)
+    most = 0
     for b, row in enumerate(batch.row_b.tolist()):
+        pieces = packing.pieces(np.array([row]))
         slot = 0
-        for index, piece in enumerate(packing.row(row)):
-            for position in range(piece.stop - piece.start):
-                in_document = piece.start + position
-                assert batch.tokens_bl[b, slot] == FIRST_TOKEN + corpus.offsets[piece.document] + in_document
+        for index in range(len(pieces)):
+            document, start = int(pieces.document[index]), int(pieces.start[index])
+            for position in range(int(pieces.length[index])):
+                in_document = start + position
+                assert batch.tokens_bl[b, slot] == corpus.tokens(document)[in_document]
                 assert batch.document_bl[b, slot] == index
                 assert batch.position_bl[b, slot] == position
-                assert batch.target_bl[b, slot] == (in_document >= corpus.target_starts[piece.document])
+                assert batch.target_bl[b, slot] == (in_document >= TARGET_STARTS[document])
                 slot += 1
+        most = max(most, len(pieces))
         assert torch.all(batch.tokens_bl[b, slot:] == SpecialToken.PAD)
         assert torch.all(batch.document_bl[b, slot:] == -1)
         assert torch.all(batch.position_bl[b, slot:] == 0)
         assert not torch.any(batch.target_bl[b, slot:])
+    assert batch.num_documents == most
 
 
 def test_totals_are_sums_over_the_global_batch(corpus_of: Any) -> None:
@@ -98,15 +119,111 @@ def test_whole_documents_keep_source_and_target(corpus_of: Any) -> None:
     assert batch.num_documents == 3
 
 
+def test_a_mixture_reads_the_rows_of_its_sources(corpus_of: Any) -> None:
+    """Whichever packing a source has: its rows come as often as its share, and their numbers tell them apart."""
+    corpus = corpus_of(LENGTHS, TARGET_STARTS, documents_per_source=6)
+    parts = [SplitPacking(corpus, 16, corpus.sources["a"]), WholePacking(corpus, 16, 3, corpus.sources["b"])]
+    order = MixedOrder([part.num_rows for part in parts], [Fraction(1, 4), Fraction(3, 4)], seed=0)
+    with closing(Loader(corpus, JoinedPacking(parts), order, 16, 1024, 512, rank=0, num_ranks=1)) as loader:
+        batches = loader.micro_batches(0)
+    rows = torch.cat([batch.row_b for batch in batches])
+    assert (rows < parts[0].num_rows).sum() == 256
+    assert len(rows.unique()) == parts[0].num_rows + parts[1].num_rows
+    first_tokens = torch.cat([batch.tokens_bl[:, 0] for batch in batches])
+    assert torch.equal(rows < parts[0].num_rows, first_tokens < sum(LENGTHS[:6]))
+
+
 def test_steps_may_be_asked_for_in_any_order(corpus_of: Any) -> None:
+    with closing(small_loader(corpus_of)) as loader:
+        for step in (0, 1, 2, 7, 1, 2):
+            (batch,) = loader.micro_batches(step)
+            assert batch.step == step
+            np.testing.assert_array_equal(batch.row_b, loader.order.rows(step, 4))
+
+
+def small_loader(corpus_of: Any) -> Loader:
     corpus = corpus_of(LENGTHS)
     packing = SplitPacking(corpus, 8)
-    loader = Loader(corpus, packing, RowOrder(packing.num_rows, seed=1), 8, 4, 4, rank=0, num_ranks=1)
-    for step in (0, 1, 2, 7, 1, 2):
-        (batch,) = loader.micro_batches(step)
-        assert batch.step == step
-        np.testing.assert_array_equal(batch.row_b, loader.order.rows(step, 4))
+    return Loader(corpus, packing, RowOrder(packing.num_rows, seed=1), 8, 4, 4, rank=0, num_ranks=1)
+
+
+class WatchedOrder(RowOrder):
+    """Says which steps were asked for, waits for `gate`, and fails at step `broken`."""
+
+    def __init__(self, num_rows: int, broken: int | None = None) -> None:
+        super().__init__(num_rows, seed=1)
+        self.broken = broken
+        self.steps: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def rows(self, step: int, batch_size: int) -> np.ndarray:
+        self.steps.append(step)
+        self.gate.wait()
+        if step == self.broken:
+            raise UserError("the disk is gone")
+        return super().rows(step, batch_size)
+
+
+@contextmanager
+def watched_loader(corpus_of: Any, broken: int | None = None) -> Iterator[tuple[Loader, WatchedOrder]]:
+    loader = small_loader(corpus_of)
+    loader.order = order = WatchedOrder(loader.packing.num_rows, broken)
+    yield loader, order
+    order.gate.set()
     loader.close()
+
+
+def wait_until(condition: Any) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_two_steps_are_read_ahead_and_no_more(corpus_of: Any) -> None:
+    with watched_loader(corpus_of) as (loader, order):
+        loader.micro_batches(3)
+        wait_until(lambda: order.steps == [3, 4, 5])
+        loader.micro_batches(4)
+        wait_until(lambda: order.steps == [3, 4, 5, 6])
+        time.sleep(0.01)
+        assert order.steps == [3, 4, 5, 6]
+
+
+def test_the_next_step_is_read_while_this_one_is_used(corpus_of: Any) -> None:
+    """The reader is held up in step 1, and yet step 0 was given out."""
+    with watched_loader(corpus_of) as (loader, order):
+        loader.micro_batches(0)
+        wait_until(lambda: order.steps == [0, 1, 2])
+        order.gate.clear()
+        assert loader.micro_batches(1)[0].step == 1
+        wait_until(lambda: order.steps == [0, 1, 2, 3])
+
+
+def test_what_fails_in_the_reader_is_raised_at_its_step(corpus_of: Any) -> None:
+    with watched_loader(corpus_of, broken=1) as (loader, _):
+        loader.micro_batches(0)
+        for _ in range(2):  # once more where it is tried again
+            with pytest.raises(UserError, match="the disk is gone"):
+                loader.micro_batches(1)
+        assert loader.micro_batches(2)[0].step == 2
+
+
+def test_closing_waits_for_one_step_at_most(corpus_of: Any) -> None:
+    with watched_loader(corpus_of) as (loader, order):
+        loader.micro_batches(0)
+        wait_until(lambda: order.steps == [0, 1, 2])
+        order.gate.clear()
+        loader.micro_batches(1)
+        wait_until(lambda: order.steps == [0, 1, 2, 3])
+        closing_thread = threading.Thread(target=loader.close)
+        closing_thread.start()
+        order.gate.set()
+        closing_thread.join(timeout=30)
+        assert not closing_thread.is_alive()
+        loader.close()  # a second time does no harm
+        assert order.steps == [0, 1, 2, 3]
 
 
 def test_to_moves_every_tensor(corpus_of: Any) -> None:
@@ -135,6 +252,22 @@ def test_a_clean_prefix_is_counted_out_and_is_the_same_for_every_layout(corpus_o
 
 
 def test_a_clean_prefix_leaves_half_of_the_pieces_alone_and_at_most_max_share_of_the_others() -> None:
-    shares = CleanPrefix(seed=0, max_share=0.4).shares(step=1, rows=np.arange(500), num_pieces=4)
+    row, zeros = np.repeat(np.arange(500), 4), np.zeros(2000, dtype=np.int64)
+    pieces = Pieces(row, zeros, zeros, zeros, zeros)
+    shares = CleanPrefix(seed=0, max_share=0.4).shares(step=1, rows=np.arange(500), pieces=pieces)
     assert 0.45 < (shares == 0).mean() < 0.55
     assert 0.39 < shares.max() <= 0.4
+    assert len(np.unique(shares)) > 900, "every piece of a row has a share of its own"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_are_pinned(corpus_of: Any) -> None:
+    corpus = corpus_of(LENGTHS)
+    packing, device = SplitPacking(corpus, 8), torch.device("cuda", torch.cuda.device_count() - 1)
+    order = RowOrder(packing.num_rows, seed=1)
+    with closing(Loader(corpus, packing, order, 8, 4, 4, rank=0, num_ranks=1, device=device)) as loader:
+        (batch,) = loader.micro_batches(0)
+    moved = batch.to(device)
+    for field in FIELDS:
+        assert getattr(batch, field).is_pinned()
+        assert torch.equal(getattr(moved, field).cpu(), getattr(batch, field))

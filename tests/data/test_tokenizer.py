@@ -1,6 +1,9 @@
-"""The tokenizer gives back every text and keeps the special ids to itself."""
+"""The tokenizer gives back every text, whatever the pieces it came in, and keeps the special ids to itself."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,37 +12,143 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from data_prep.vocabulary import WindowSample, train_vocabulary
 from mdseq.data import tokenizer as tokenizer_module
-from mdseq.data.tokenizer import SpecialToken, Tokenizer, line_blocks
+from mdseq.data.tokenizer import SPACE_MARK, SpecialToken, Tokenizer
 from mdseq.errors import UserError
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
+# Words of the vocabulary, often with nothing between them, so that seams are not everywhere. No two spaces
+# in a row, for a unigram model may find two ways of cutting them equally likely.
+WORDS = ("river", "mill", "wife", "return", "the", "sin", "7", "\u00e9", "(", "_", ":")
+word_then_gap = st.tuples(st.sampled_from(WORDS), st.sampled_from(("", "", " ", "\n", SPACE_MARK))).map("".join)
+words = st.lists(word_then_gap, max_size=60).map("".join)
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def model(request: pytest.FixtureRequest, tokenizer_model: bytes) -> bytes:
+    """A vocabulary of either kind."""
+    if request.param == "unigram":
+        return tokenizer_model
+    sample = WindowSample.for_vocabulary(1000)
+    for number in range(60):
+        sample.add(f"The river number {number} runs past the old mill, and the miller's wife sings.\n")
+        sample.add(f"def mill_{number}(river):\n    if river:\n        return river + {number}\n\n")
+    return train_vocabulary(sample, 1000, "bpe")
+
+
+@pytest.fixture(scope="module")
+def either(model: bytes) -> Tokenizer:
+    return Tokenizer(model)
+
+
+@pytest.fixture(scope="module")
+def plain(model: bytes) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=model)
+
+
+@contextmanager
+def blocks_of(least: int, most: int) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "BLOCK_CHARACTERS", least)
+        patch.setattr(tokenizer_module, "MAX_BLOCK_CHARACTERS", most)
+        patch.setattr(tokenizer_module, "BLOCKS_AT_A_TIME", 3)
+        yield
+
+
+def plain_encode(plain: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
+    """Tokens of the whole text at once, but for U+2581."""
+    ids: list[int] = []
+    for position, stretch in enumerate(text.split(SPACE_MARK)):
+        ids += [plain.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()] if position else []
+        ids += plain.encode(stretch)
+    return ids
+
+
+def cut(text: str, lengths: list[int]) -> list[str]:
+    """`text` in pieces of these lengths, then the rest."""
+    ends = [0, *accumulate(lengths), max(len(text), sum(lengths))]
+    return [text[start:stop] for start, stop in pairwise(ends)]
+
+
+def joined(arrays: Iterator[np.ndarray]) -> list[int]:
+    return [index for array in arrays for index in array.tolist()]
 
 
 @given(any_text)
 @example("")
 @example("  two  spaces   and\n\n\n\tlines\r\n ")
 @example("\0 \u2581 \u2047 \u2585 \ufeff \ufffd \U0010ffff")
+@example("\u2581\u2581a\u2581")
 @example("<pad><unk><s></s><sep><0x41>")
-def test_decoding_gives_back_the_text(tokenizer: Tokenizer, text: str) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
+def test_decoding_gives_back_the_text(either: Tokenizer, text: str) -> None:
+    ids = either.encode(text)
+    assert either.decode(ids) == text
     assert ids.dtype == np.int32
     assert np.all(ids > max(SpecialToken))
 
 
-@given(st.lists(st.integers(0, 2**16)))
-def test_any_ids_decode(tokenizer: Tokenizer, ids: list[int]) -> None:
-    assert isinstance(tokenizer.decode([index % tokenizer.vocab_size for index in ids]), str)
+@given(st.lists(st.integers(0, 2**16)), st.integers(0, 50))
+def test_any_ids_decode(tokenizer: Tokenizer, numbers: list[int], middle: int) -> None:
+    ids = [number % tokenizer.vocab_size for number in numbers]
+    spelled = tokenizer.decode_bytes(ids)
+    assert tokenizer.decode_bytes(ids[:middle]) + tokenizer.decode_bytes(ids[middle:]) == spelled
+    assert tokenizer.decode(ids) == spelled.decode(errors="replace")
+    assert tokenizer.text_bytes[ids].sum() == len(spelled)
 
 
-@given(text=st.text("ab \n", max_size=400))
-def test_blocks_do_not_change_the_tokens(tokenizer: Tokenizer, text: str) -> None:
-    whole = tokenizer.encode(text)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "BLOCK_CHARACTERS", 16)
-        assert "".join(line_blocks(text)) == text
-        np.testing.assert_array_equal(tokenizer.encode(text), whole)
+@given(text=any_text | words)
+def test_sentencepiece_decodes_the_same(
+    either: Tokenizer, plain: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    assert plain.decode(either.encode(text).tolist()) == text
+
+
+def test_rare_characters_are_spelled_in_bytes(tokenizer: Tokenizer) -> None:
+    assert tokenizer.is_byte[tokenizer.encode("\U0001f600")].tolist() == [True] * 4
+    assert not tokenizer.is_byte[tokenizer.encode("the mill\n")].any()
+
+
+@given(text=words)
+def test_blocks_do_not_change_the_tokens(
+    either: Tokenizer, plain: sentencepiece.SentencePieceProcessor, text: str
+) -> None:
+    with blocks_of(4, 1000):
+        assert "".join(either.blocks([text])) == text
+        assert either.encode(text).tolist() == plain_encode(plain, text)
+
+
+def test_blocks_end_as_soon_as_they_may(either: Tokenizer) -> None:
+    with blocks_of(4, 1000):
+        assert list(either.blocks(["mill\nmill mill\n\n\n"])) == ["mill", "\nmill", " mill", "\n\n\n"]
+
+
+@given(text=any_text | words, lengths=st.lists(st.integers(0, 20)))
+def test_tokens_do_not_depend_on_the_pieces(either: Tokenizer, text: str, lengths: list[int]) -> None:
+    with blocks_of(3, 8):  # so short that words are cut as well
+        assert joined(either.encode_pieces(cut(text, lengths))) == either.encode(text).tolist()
+        assert either.decode(either.encode(text)) == text
+
+
+@pytest.mark.parametrize("unit", ["river", " ", SPACE_MARK])
+def test_text_without_a_break_is_cut(either: Tokenizer, unit: str) -> None:
+    text = unit * 100_000
+    assert max(map(len, either.blocks([text]))) <= tokenizer_module.MAX_BLOCK_CHARACTERS
+    assert either.decode(either.encode(text)) == text
+
+
+def test_text_is_read_only_as_far_as_needed(tokenizer: Tokenizer) -> None:
+    taken = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield "the mill\n" * 1000
+
+    ids = tokenizer.encode_pieces(endless())
+    next(ids)
+    assert taken < 40
 
 
 def test_special_tokens_are_dropped_and_end_nothing(tokenizer: Tokenizer) -> None:

@@ -64,7 +64,7 @@ def decoded(folder: Path, split: str | None = None) -> list[tuple[str, ...]]:
             continue
         corpus = Corpus.open(folder, name)
         for document in range(corpus.num_documents):
-            tokens, start = corpus.tokens(document), int(corpus.target_starts[document])
+            tokens, start = corpus.tokens(document), corpus.target_start(document)
             parts = (tokens,) if corpus.manifest.kind == "text" else (tokens[:start], tokens[start:])
             found.append(tuple(tokenizer.decode(part) for part in parts))
     return found

@@ -31,7 +31,7 @@ class TestForm:
         corpus = Corpus.open(tmp_path / "out", "train")
         body = Tokenizer.load(tokenizer_path).encode("past the mill\n")
         assert corpus.tokens(0).tolist() == [SpecialToken.BOS, *body, SpecialToken.EOS]
-        assert corpus.target_starts.tolist() == [1]
+        assert corpus.target_start(0) == 1
         assert corpus.document_id(0) == document_id("past the mill\n")
         assert (corpus.source(0), corpus.origin(0), corpus.row(0)) == ("a", "a.txt", 0)
         assert manifest == corpus.manifest
@@ -45,7 +45,7 @@ class TestForm:
         source, target = tokenizer.encode("old mill"), tokenizer.encode("river")
         form = [SpecialToken.BOS, *source, SpecialToken.SEP, *target, SpecialToken.EOS]
         assert corpus.tokens(0).tolist() == form
-        assert corpus.target_starts.tolist() == [len(source) + 2]
+        assert corpus.target_start(0) == len(source) + 2
         assert corpus.document_id(0) == document_id("old mill", "river")
         assert corpus.manifest.kind == "pair"
 

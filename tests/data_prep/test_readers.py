@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -162,7 +163,7 @@ class TestStretches:
             format: FileFormat = "parquet" if path.suffix == ".parquet" else "arrow"
             edges = [0, *sorted(cuts), 40]
             items = []
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in pairwise(edges):
                 items += list(reader_of(format).read(path, path.name, Stretch(start, stop), options()))
             assert plain(items) == [(row, ("missing_field" if row == 7 else (f"text {row}",))) for row in range(40)]
 

@@ -99,7 +99,8 @@ GITIGNORES = {
     "sub/.gitignore": "!important.log\nlocal.txt\n",
 }
 FILES = (
-    "a.py", "b.log", "build/out.py", "sub/build/out.py", "sub/important.log", "sub/other.log", "sub/local.txt", "local.txt",
+    "a.py", "b.log", "build/out.py", "sub/build/out.py", "sub/important.log", "sub/other.log", "sub/local.txt",
+    "local.txt",
     "kept/this.txt", "kept/that.txt", "only_folder/x.py", "sub/only_folder", "sub/deep/important.log", "#hash",
 )  # fmt: skip
 

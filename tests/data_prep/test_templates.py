@@ -41,7 +41,7 @@ def test_what_a_record_does_not_have(template: str, reason: str) -> None:
 
 @pytest.mark.parametrize("template", ["{", "{title", "{}", "{title!r}", "{year:04}", "{{plain}}"])
 def test_malformed_templates(template: str) -> None:
-    with pytest.raises(ValueError, match="field|template"):
+    with pytest.raises(ValueError, match=r"field|template"):
         Template.parse(template)
 
 

@@ -82,7 +82,7 @@ def test_the_layout_is_that_of_the_dataset(
     corpus, vocabulary = Corpus.open(folder, "train"), Tokenizer.load(folder / "tokenizer.model")
     document = corpus.tokens(0).tolist()
     cut = document.index(SpecialToken.SEP) + 1 if kind == "pair" else 5
-    assert kind == "text" or cut == corpus.target_starts[0]
+    assert kind == "text" or cut == corpus.target_start(0)
     fake = FakeSample([])
     monkeypatch.setattr(text_module, "sample", fake)
     generator_of(vocabulary, kind).generate([Prompt(vocabulary.decode(document[:cut]), 3, 0)], OPTIONS)

@@ -1,0 +1,138 @@
+"""Writes docs/run_spec.md and docs/prep_spec.md from the models of mdseq/spec.py and data_prep/spec.py: `make docs`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.spec import PrepSpec
+from mdseq.settings import Section, section_in
+from mdseq.spec import RunSpec
+
+FOLDER = Path(__file__).parent
+
+RUN_HEAD = """\
+# The run spec
+
+<!-- Written by docs/generate_specs.py from mdseq/spec.py; change it there, then run `make docs`. -->
+
+Everything that decides what a run computes. A spec is a TOML file with one table per section below; what it leaves out
+has the default. `launcher/specs/` holds those that ship with mdseq, which can be named without path and suffix:
+`--spec moe_diffuseq`. Any value can be changed on the command line, in TOML's syntax, after all options:
+
+    deepspeed launcher/run.py --ds_config ds_configs/zero3.json --spec moe_diffuseq --data data/novels \\
+        data.row_length=8192 attention.dilation=[1,2,4]
+
+Add `--dry_run` to see every value with where it came from (default, file, command line), and what the run would cost.
+All mistakes are reported at once. Sharding, offload and communication are not here but in the ds_config:
+[`ds_configs/README.md`](../ds_configs/README.md).
+
+A run that continues from a checkpoint may change `data.path` (to a copy of the same dataset), `data.micro_batch_size`,
+`attention.engine`, and everything in `optimiser`, `schedule`, `checkpoint` and `report`; the rest must stay as it was.
+"""
+
+PREP_HEAD = """\
+# The prep spec
+
+<!-- Written by docs/generate_specs.py from data_prep/spec.py; change it there, then run `make docs`. -->
+
+Everything that decides what is in a dataset, as a TOML file; paths in it are relative to its own folder:
+
+    [[sources]]
+    name = "novels"
+    path = "novels/*.jsonl.gz"
+    weight = 3
+
+    [[sources]]
+    name = "questions"
+    path = ["quiz/train.parquet", "quiz/more.csv"]
+    text = "{question}\\n\\n{context.0}"
+    weight = 1
+
+    [vocabulary]
+    size = 32000
+
+    [cleaning]
+    near_duplicates = 0.8
+
+It is given in the place of DATA. Without a file, the options of `python -m data_prep build` make one source of each DATA:
+`--vocab`, `--format`, `--text` and the like are short names of the keys below, and every key can be changed in TOML's
+syntax:
+
+    make prep DATA=prep.toml OUT=data/mine
+    python -m data_prep build prep.toml --out data/mine vocabulary.size=8192 sources.0.weight=2
+    python -m data_prep build novels=books/ code=src/ --out data/mine --weight novels=3 --weight code=1
+
+All mistakes are reported at once. What is in the dataset depends on these keys and on the content of the files; not on
+`cluster`, nor on the two limits of `cleaning`, which may be changed to go on with a build that they have stopped.
+"""
+
+
+def run_page() -> str:
+    """The whole reference of the run spec, Markdown."""
+    return "\n".join([RUN_HEAD, *_sections(RunSpec)])
+
+
+def prep_page() -> str:
+    """The whole reference of the prep spec, Markdown."""
+    return "\n".join([PREP_HEAD, *_sections(PrepSpec)])
+
+
+PAGES = {FOLDER / "run_spec.md": run_page, FOLDER / "prep_spec.md": prep_page}
+
+
+def _sections(kind: type[Section]) -> list[str]:
+    sections = {name: section_in(field.annotation) for name, field in kind.model_fields.items()}
+    parts = []
+    if loose := [name for name, section in sections.items() if section is None]:
+        parts.append("## Top level\n\n" + _table(kind, loose, ""))
+    for name, section in sections.items():
+        if section is not None:
+            purpose = " ".join((section.__doc__ or "").split())
+            is_list = kind.model_fields[name].annotation is not section
+            title, prefix = (f"[[{name}]]", "") if is_list else (f"[{name}]", f"{name}.")
+            parts.append(f"## `{title}`\n\n{purpose}\n\n" + _table(section, list(section.model_fields), prefix))
+    return parts
+
+
+def _table(section: type[Section], keys: list[str], prefix: str) -> str:
+    schemas = section.model_json_schema()["properties"]
+    lines = ["| key | allowed | default | |", "|---|---|---|---|"]
+    for key in keys:
+        field = section.model_fields[key]
+        default = "" if field.is_required() else f"`{json.dumps(field.get_default())}`"
+        description = (field.description or "").replace("|", "\\|")
+        lines.append(f"| `{prefix}{key}` | {_allowed(schemas[key])} | {default} | {description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_allowed(choice) for choice in schema["anyOf"] if choice.get("type") != "null")
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema.get("enum", [schema.get("const")]))
+    if schema["type"] == "array":
+        if "prefixItems" in schema:
+            return f"{len(schema['prefixItems'])} times {_allowed(schema['prefixItems'][0])}"
+        return f"{schema.get('minItems', 0)} or more times {_allowed(schema['items'])}"
+    if schema["type"] == "object":
+        return f"table of {_allowed(schema['additionalProperties'])}"
+    if schema["type"] == "string":
+        return "text"
+    if schema["type"] == "boolean":
+        return "`true`, `false`"
+    bounds = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    limits = [f"{words} {schema[bound]}" for bound, words in bounds.items() if bound in schema]
+    return ", ".join([schema["type"], *limits])
+
+
+if __name__ == "__main__":
+    for path, page in PAGES.items():
+        path.write_text(page(), encoding="utf-8")
+        print(f"wrote {path}")

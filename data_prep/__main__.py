@@ -39,6 +39,12 @@ OVERRIDE = re.compile(rf"({'|'.join(PrepSpec.model_fields)})\.[\w.]+=")
 
 
 def main(arguments: Sequence[str]) -> int:
+    options = parse(arguments)
+    return exit_status(lambda: options.command(options), "interrupted; the same command goes on where it stopped")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What the command line says. Exits with status 2 and a message when that makes no sense."""
     # Long options may be spelled with hyphens or underscores.
     spelled = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), a) for a in arguments]
     parser = _parser()
@@ -47,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if more:  # argparse gathers positional arguments only up to the next option
         options.data += more
-    return exit_status(lambda: options.command(options), "interrupted; the same command goes on where it stopped")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -357,7 +357,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, buffered)
     else:
         with path.open("rb", buffering=BLOCK_BYTES) as file:
-            yield cast(BinaryIO, file)
+            yield file
 
 
 @contextmanager

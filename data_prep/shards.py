@@ -78,9 +78,11 @@ class ShardWriter:
         if not batch.documents:
             return
         if batch.documents[-1].is_spilled:
-            # Its frame is written with zeros, which take no memory, and filled in when all frames stand.
+            # Its frame is written with zeros and filled in when all frames stand: the pages of a private mapping that
+            # is only read are all one page of zeros, and take no memory.
             (document,) = batch.documents
-            values = pa.py_buffer(mmap.mmap(-1, document.num_bytes, prot=mmap.PROT_READ))
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            values = pa.py_buffer(mmap.mmap(-1, document.num_bytes, flags=private, prot=mmap.PROT_READ))
             array = pa.Array.from_buffers(pa.type_for_alias(self._dtype.name), document.length, [None, values])
             self._spilled.append((self._num_batches, document))
         else:

@@ -76,17 +76,21 @@ class CleaningSpec(Section):
     normalise: Literal["none", "NFC", "NFKC"] = Field("none", description="Unicode normal form")
     line_endings: Literal["keep", "unix"] = Field("keep", description="unix: CR LF and CR become LF")
     control_characters: Literal["keep", "remove", "reject"] = Field(
-        "keep", description="what becomes of those but tab and line ends (categories Cc and Cf but joiners)"
+        "keep", description="what becomes of invisible ones (of categories Cc and Cf) but tab, line ends and joiners"
     )
     min_characters: Count = Field(0, description="set shorter documents aside")
     max_characters: Count = Field(0, description="set longer documents aside; 0 for no limit")
     max_repetition: Fraction = Field(1.0, description="largest share of word 10-grams seen before in the document")
     exact_duplicates: Literal["keep", "drop"] = Field("keep", description="drop: the first of equal documents stays")
     near_duplicates: Fraction = Field(
-        0.0, description="drop documents whose word 5-grams overlap an earlier one's by this much (Jaccard); 0 for none"
+        0.0,
+        description="drop documents whose word 5-grams overlap an earlier one's by this much (Jaccard), and equal ones; "
+        "0: none",
     )
-    evaluation: tuple[str, ...] = Field((), description="files whose text must not be trained on; fields as `src`...")
-    evaluation_ngram: Positive = Field(13, description="words in a row that count as contamination")
+    evaluation: tuple[str, ...] = Field((), description="files, folders or globs whose text must not be trained on")
+    evaluation_ngram: Positive = Field(
+        13, description="words in a row that count as contamination; a shorter text counts whole, from 8 words on"
+    )
     max_faulty_fraction: Fraction = Field(0.1, description="stop when more records than this cannot be read")
     max_filtered_fraction: Fraction = Field(0.9, description="stop when the filters set more documents aside than this")
 

@@ -7,11 +7,12 @@ import importlib.util
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data_prep.__main__ import _parser as data_prep_parser
+from data_prep.__main__ import parse as parse_data_prep
 from launcher.run import _parse as parse_launcher
 from mdseq.cli import _parser as mdseq_parser
 from mdseq.spec import load_spec
@@ -39,19 +40,19 @@ def test_command_parses(command):
     if program == "make":
         _check_make(arguments)
     elif program == "mdseq":
-        _check_parses(mdseq_parser(), arguments)
+        _check_parses(mdseq_parser().parse_args, arguments)
     elif "data_prep" in arguments[:2]:
-        _check_parses(data_prep_parser(), arguments[2:])
+        _check_parses(parse_data_prep, arguments[2:])
     else:
         _check_launch(arguments[arguments.index("launcher/run.py") + 1 :])
 
 
-def _check_parses(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+def _check_parses(parse: Callable[[list[str]], argparse.Namespace], arguments: list[str]) -> None:
     if len(arguments) > 1:
-        parser.parse_args(arguments)
+        parse(arguments)
         return
     with pytest.raises(SystemExit) as exit:  # a command is mentioned, not shown
-        parser.parse_args([*arguments, "--help"])
+        parse([*arguments, "--help"])
     assert exit.value.code == 0
 
 

@@ -285,6 +285,47 @@ def test_manifest_is_checked_against_itself_and_the_shards(
             verify(tmp)
 
 
+def test_totals_of_a_split_are_checked(write: Callable[..., Path], text_row: Callable[..., Row]) -> None:
+    shards: Shards = {"train": {"books": [[text_row("return")]]}}
+    splits = Manifest.load(write(shards)).splits
+    too_many = splits["train"].model_copy(update={"text_bytes": 7})
+    with pytest.raises(UserError, match="the sources of train do not add up"):
+        verify(write(shards, splits={**splits, "train": too_many}))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "finding"),
+    [
+        ("row", pa.array([None], pa.int64()), "column row has nulls"),
+        (
+            "origin",
+            pa.DictionaryArray.from_arrays(pa.array([7], pa.int32()), ["a.txt"], safe=False),
+            "out of bounds|index 7",
+        ),
+    ],
+)
+def test_columns_that_break_the_schema_are_named(
+    write: Callable[..., Path],
+    text_row: Callable[..., Row],
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
+    values: pa.Array,
+    finding: str,
+) -> None:
+    make = pa.RecordBatch.from_arrays
+
+    class Spoiled(pa.RecordBatch):
+        @staticmethod
+        def from_arrays(columns: list[pa.Array], schema: pa.Schema) -> pa.RecordBatch:
+            return make([values if name == column else old for name, old in zip(schema.names, columns)], schema=schema)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pa, "RecordBatch", Spoiled)
+        folder = write({"train": {"books": [[text_row("return")]]}})
+    with pytest.raises(UserError, match=finding):
+        verify(folder)
+
+
 def test_tokenizer_must_be_that_of_the_manifest(write: Callable[..., Path], text_row: Callable[..., Row]) -> None:
     folder = write({"train": {"books": [[text_row("return")]]}})
     (folder / TOKENIZER_FILE).write_bytes(train_vocabulary(["another text altogether"] * 9, 512))

@@ -24,6 +24,10 @@ from mdseq.errors import UserError
 
 LINES = [f"The river number {number} runs past the old mill, and the miller's wife sings.\n" for number in range(80)]
 VOCAB = 600
+# Words enough for the order of adding up to show in the result.
+RANDOM = random.Random(0)
+WORDS = ["".join(RANDOM.choices("etaoinsr", k=RANDOM.randint(1, 9))) for _ in range(400)]
+VARIED = [" ".join(RANDOM.choices(WORDS, k=30)) + "\n" for _ in range(200)]
 
 
 def sample_of(texts: Iterable[str], num_characters: int) -> WindowSample:
@@ -96,10 +100,11 @@ def test_chosen_shards_are_evenly_spaced() -> None:
 
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 def test_model_depends_on_the_text_alone(model: str) -> None:
-    whole = train_vocabulary(sample_of(LINES, 10**6), VOCAB, model)
-    parts = [list(sample_of(LINES[start::3], 10**6)) for start in range(3)]
+    whole = train_vocabulary(sample_of(VARIED, 10**6), VOCAB, model)
+    parts = [list(sample_of(VARIED[start::3], 10**6)) for start in range(3)]
     assert train_vocabulary(chain(*reversed(parts)), VOCAB, model) == whole
-    assert train_vocabulary(LINES[:20], VOCAB, model) != whole
+    assert train_vocabulary(reversed(VARIED), VOCAB, model) == whole
+    assert train_vocabulary(VARIED[:100], VOCAB, model) != whole
 
 
 def test_kinds_of_model_differ() -> None:

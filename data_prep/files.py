@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before it is whole; another that writes the same file does not get in its way."""
+    """Where this process writes a file before it is whole; no other that writes the same file gets in its way."""
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 

@@ -253,7 +253,7 @@ class _Parquet:
     """A Parquet file; only the columns needed are read."""
 
     def survey(self, path: Path, max_record_bytes: int) -> Survey:
-        with _named(path), pq.ParquetFile(path, pre_buffer=False) as file:
+        with _table(path), pq.ParquetFile(path, pre_buffer=False) as file:
             groups = (file.metadata.row_group(index) for index in range(file.num_row_groups))
             text_bytes = sum(group.total_byte_size for group in groups)
             return Survey(text_bytes, file.metadata.num_rows, file.metadata.num_rows)
@@ -264,7 +264,7 @@ class _Parquet:
                 yield from batch.to_pylist()
 
     def read(self, path: Path, name: str, stretch: Stretch, options: ReadOptions) -> Iterator[Document | Rejection]:
-        with _named(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
+        with _table(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
             columns = _present(path, options.template, file.schema_arrow.names)
             first = 0
             for index in range(file.num_row_groups):
@@ -281,7 +281,7 @@ class _Arrow:
     """An Arrow IPC file, or a stream as Hugging Face datasets writes it."""
 
     def survey(self, path: Path, max_record_bytes: int) -> Survey:
-        with _named(path):
+        with _table(path):
             num_rows = sum(batch.num_rows for batch in self._batches(path))
             return Survey(path.stat().st_size, num_rows, num_rows)
 
@@ -291,7 +291,7 @@ class _Arrow:
                 yield from batch.slice(row, 1).to_pylist()
 
     def read(self, path: Path, name: str, stretch: Stretch, options: ReadOptions) -> Iterator[Document | Rejection]:
-        with _named(path):
+        with _table(path):
             first = 0
             for batch in self._batches(path):
                 if first < stretch.stop and first + batch.num_rows > stretch.start:
@@ -373,6 +373,16 @@ def _named(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+@contextmanager
+def _table(path: Path) -> Iterator[None]:
+    """`_named` for a table, whose own names must be UTF-8, too."""
+    with _named(path):
+        try:
+            yield
+        except (UnicodeDecodeError, OverflowError, pa.ArrowException) as error:
+            raise _damaged(path, error) from None
+
+
 def _damaged(path: Path, error: Exception) -> UserError:
     kind = (compression_of(path) or plain_suffix(path)).removeprefix(".")
     finding = " ".join(str(error).split())[:200]
@@ -445,9 +455,23 @@ def _table_rows(
     for batch in batches:
         start, stop = max(stretch.start - first, 0), min(stretch.stop - first, batch.num_rows)
         if start < stop:
-            for row, record in enumerate(batch.slice(start, stop - start).to_pylist(), start=first + start):
-                yield _document(name, row, record, options, partial(_excerpt_of, record))
+            records = _records(batch.slice(start, stop - start))
+            for row, record in enumerate(records, start=first + start):
+                if record is None:
+                    yield Rejection(name, row, "not_utf8", "")
+                else:
+                    yield _document(name, row, record, options, partial(_excerpt_of, record))
         first += batch.num_rows
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one whose strings are not UTF-8, which Arrow does not check when it reads."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [None]
+        return [record for row in range(batch.num_rows) for record in _records(batch.slice(row, 1))]
 
 
 def _document(

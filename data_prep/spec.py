@@ -84,8 +84,8 @@ class CleaningSpec(Section):
     exact_duplicates: Literal["keep", "drop"] = Field("keep", description="drop: the first of equal documents stays")
     near_duplicates: Fraction = Field(
         0.0,
-        description="drop documents whose word 5-grams overlap an earlier one's by this much (Jaccard), and equal ones; "
-        "0: none",
+        description="drop documents whose word 5-grams overlap an earlier one's by this much (Jaccard), and equal ones;"
+        " 0: none",
     )
     evaluation: tuple[str, ...] = Field((), description="files, folders or globs whose text must not be trained on")
     evaluation_ngram: Positive = Field(

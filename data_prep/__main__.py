@@ -12,19 +12,17 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from rich.console import Console
-from rich.table import Table
-
-from data_prep import audit
-from data_prep.pairs import write_pairs
-from data_prep.progress import Stage
-from data_prep.run import Where, build, plan_build, train_tokenizer
-from data_prep.spec import PrepSpec, SourceFormat, load_prep_spec
-from data_prep.statistics import LENGTH_QUANTILES, stats
-from mdseq.data.format import REJECTED_FILE, SPLITS, Manifest, ShardEntry
+from data_prep.spec import PrepSpec, SourceFormat, SourceSplit, load_prep_spec
+from data_prep.workers import worker_context
 from mdseq.errors import UserError, exit_status
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from data_prep.run import Where
+    from mdseq.data.format import Manifest, ShardEntry
 
 # Options that are short names for keys of the prep spec.
 OF_SOURCES = ("format", "text", "source", "target", "turns", "turn", "split", "path_header")
@@ -92,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_show)
     command.add_argument("dir", type=Path, metavar="DIR")
     command.add_argument("document", type=int, metavar="N")
-    command.add_argument("--split", choices=SPLITS, default="train")
+    command.add_argument("--split", choices=get_args(SourceSplit)[2:], default="train")
 
     command = commands.add_parser("pairs", help="pairs of code and docstring from Python source trees")
     command.set_defaults(command=_pairs)
@@ -116,7 +114,7 @@ def _add_spec(command: argparse.ArgumentParser) -> None:
     command.add_argument("--turns", metavar="FIELD", help="field with the turns of a dialogue")
     command.add_argument("--turn", metavar="TEMPLATE", help="a turn's items by number or name; default '{0}: {1}\\n'")
     command.add_argument("--last_turn_is_target", action="store_true", help="make pairs of dialogues")
-    command.add_argument("--split", choices=("hash", "name", *SPLITS), help="how documents are split; default: hash")
+    command.add_argument("--split", choices=get_args(SourceSplit), help="how documents are split; default: hash")
     command.add_argument("--path_header", metavar="TEMPLATE", help="first line of a source file; default '# {path}\\n'")
     command.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="names or paths to skip")
     command.add_argument(
@@ -161,6 +159,8 @@ def _spec_of(options: argparse.Namespace) -> PrepSpec:
 
 
 def _where(options: argparse.Namespace) -> Where:
+    from data_prep.run import Where
+
     if options.tasks < 1:
         raise UserError(f"--tasks {options.tasks} is not allowed; give 1 or more")
     return Where(options.workers, options.tasks if options.cluster else 0)
@@ -169,6 +169,13 @@ def _where(options: argparse.Namespace) -> Where:
 def _build(options: argparse.Namespace) -> None:
     started = time.monotonic()
     spec = _spec_of(options)
+    if options.workers > 1:
+        worker_context()
+
+    from rich.console import Console
+
+    from data_prep.run import build
+
     built = build(spec, options.out, _where(options))
     manifest, seconds = built.manifest, time.monotonic() - started
     if built.was_there:
@@ -184,6 +191,11 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from data_prep.run import plan_build
+
     plan = plan_build(_spec_of(options), options.out, options.workers)
     table = Table(
         "source", title=f"{options.out}: planned", caption="`build` with the same arguments goes on from here"
@@ -199,19 +211,31 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
+    from data_prep.run import train_tokenizer
+
     tokenizer = train_tokenizer(_spec_of(options), options.out, options.workers)
     print(f"wrote {options.out}: {tokenizer.vocab_size:,} tokens, fingerprint {tokenizer.fingerprint[:16]}")
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from data_prep.audit import verify
+    from data_prep.progress import Stage
+    from mdseq.data.format import Manifest
+
     total = sum(shard.bytes for shard in _shards(Manifest.load(options.dir)))
     with Stage("verifying", total) as stage:
-        num_documents = audit.verify(options.dir, stage.advance)
+        num_documents = verify(options.dir, stage.advance)
     print(f"{options.dir} is intact: {num_documents:,} documents")
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from data_prep.picture import plot_stats  # matplotlib takes a second to load
+    from rich.console import Console
+    from rich.table import Table
+
+    from data_prep.picture import plot_stats
+    from data_prep.progress import Stage
+    from data_prep.statistics import LENGTH_QUANTILES, stats
+    from mdseq.data.format import Manifest
 
     png = options.png or options.dir.with_name(f"{options.dir.name}.png")
     total = sum(shard.bytes for shard in _shards(Manifest.load(options.dir)))
@@ -241,10 +265,14 @@ def _stats(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    print(audit.show(options.dir, options.split, options.document))
+    from data_prep.audit import show
+
+    print(show(options.dir, options.split, options.document))
 
 
 def _pairs(options: argparse.Namespace) -> None:
+    from data_prep.pairs import write_pairs
+
     counts = write_pairs(options.trees, options.out)
     for name, finding in counts.unreadable.items():
         print(f"left out {name}: {finding}", file=sys.stderr)
@@ -256,6 +284,8 @@ def _shards(manifest: Manifest) -> list[ShardEntry]:
 
 
 def _table(title: str, manifest: Manifest) -> Table:
+    from rich.table import Table
+
     table = Table("split", "source", title=title)
     for name in ("documents", "tokens", "text MB", "tokens/byte", "shards"):
         table.add_column(name, justify="right")
@@ -274,6 +304,8 @@ def _table(title: str, manifest: Manifest) -> Table:
 
 
 def _print_rejected(out: Path, manifest: Manifest) -> None:
+    from mdseq.data.format import REJECTED_FILE
+
     for name, source in manifest.sources.items():
         if source.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.rejected.items())

@@ -25,8 +25,9 @@ from mdseq.data.format import Kind, Split, file_sha256
 from mdseq.errors import UserError
 from mdseq.settings import flatten
 
-# What is before a stretch of a compressed file must be decompressed again, hence as few as their speeds ask for.
+# What is before a stretch of a compressed file must be decompressed again, hence few, as the speeds ask for, and large.
 MOST_STRETCHES = {"": 1 << 30, ".gz": 8, ".zst": 16, ".xz": 4, ".bz2": 2}
+LEAST_COMPRESSED_BYTES = 16e6
 MOST_SHARDS_OF_ITS_OWN_ACCORD = 32
 SHOWN_DIFFERENCES = 10
 
@@ -279,8 +280,10 @@ def _stretches(surveyed: Surveyed, room: float, size: float) -> Iterator[tuple[S
         return
     bytes_per_unit = file.text_bytes / file.units
     grain = BLOCK_BYTES if surveyed.lines_before else 1
-    most = MOST_STRETCHES[".xz" if file.format == "csv" else compression_of(Path(file.path))]
-    least_units = -(-file.units // most)
+    kind = ".xz" if file.format == "csv" else compression_of(Path(file.path))  # rows of CSV are skipped one by one
+    least_units = -(-file.units // MOST_STRETCHES[kind])
+    if kind:
+        least_units = max(least_units, round(LEAST_COMPRESSED_BYTES / max(bytes_per_unit, 1e-9)))
     start = 0
     while start < file.units:
         wanted = max((room if start == 0 and room > size / 2 else size) / max(bytes_per_unit, 1e-9), least_units)

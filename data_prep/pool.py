@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.jobs import Advance, ShardJobs
+from data_prep.workers import worker_context
 from mdseq.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -23,11 +24,10 @@ class Pool:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._done = multiprocessing.get_context("forkserver").Value("q", 0)
         self._pool: ProcessPoolExecutor | None = None
         if workers > 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data_prep.pool"])  # one import for all workers
+            context = worker_context()
+            self._done = context.Value("q", 0)
             self._pool = ProcessPoolExecutor(workers, context, _start_worker, (self._done,))
 
     def __enter__(self) -> Pool:

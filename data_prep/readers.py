@@ -23,6 +23,8 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import igzip
+from isal.isal_zlib import IsalError
 
 from data_prep.documents import Document, Rejection
 from data_prep.sources import FileFormat, compression_of, plain_suffix
@@ -35,7 +37,7 @@ BINARY_PROBE_BYTES = 8192
 EXCERPT_CHARACTERS = 500
 TABLE_BATCH_BYTES = 8 << 20
 
-_ARROW_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+_ARROW_CODECS = {".bz2": "bz2", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -347,11 +349,11 @@ class _Counted(io.RawIOBase):
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed."""
     compression = compression_of(path)
-    if compression == ".xz":
-        with lzma.open(path, "rb") as unpacked:
+    if compression in (".gz", ".xz"):
+        with igzip.open(path, "rb") if compression == ".gz" else lzma.open(path, "rb") as unpacked:
             yield cast(BinaryIO, unpacked)
     elif compression:
-        # Arrow's streams notice a file that ends too early in every format; zstandard's do not.
+        # Arrow's streams notice a file that ends too early; zstandard's own do not.
         stream = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), _ARROW_CODECS[compression])
         with io.BufferedReader(stream, BLOCK_BYTES) as buffered:
             yield cast(BinaryIO, buffered)
@@ -365,7 +367,7 @@ def _named(path: Path) -> Iterator[None]:
     """Name the file in whatever goes wrong while it is read."""
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, lzma.LZMAError, EOFError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IsalError, lzma.LZMAError, EOFError) as error:
         raise _damaged(path, error) from None
     except OSError as error:
         if error.errno is None or error.strerror is None:  # Arrow's decompressors

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import shutil
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -29,7 +31,6 @@ class ShardWriter:
     ) -> None:
         self._path = path
         self._temporary = temporary_name(path)
-        self._dtype = np.dtype(dtype)
         self._schema = shard_schema(dtype, tokenizer_fingerprint)
         self._sources = pa.array([source], type=pa.string())
         # Arrow files cannot replace a dictionary between batches, so all files of the shard are named at once.
@@ -37,32 +38,40 @@ class ShardWriter:
         self._origin_index = {name: index for index, name in enumerate(origins)}
         self._writer = pa.ipc.new_file(pa.OSFile(str(self._temporary), "wb"), self._schema)
         self._num_batches = 0
-        self._batch = _Batch()
-        self._document = _Tokens(self._dtype, path.parent)
-        self._spilled: list[tuple[int, _Tokens]] = []
+        # The tokens of the present batch, and after those of its documents, the ones of the present document; unless
+        # that has outgrown the buffer and its tokens are in a nameless file.
+        self._buffer = np.empty(MAX_BATCH_TOKENS, dtype)
+        self._filled = 0
+        self._spilled: _SpilledTokens | None = None
+        self._batch = _Documents()
+        self._frames: list[tuple[int, _SpilledTokens]] = []
         self._documents = self._tokens = self._text_bytes = 0
 
     def append(self, tokens: np.ndarray) -> None:
         """Add tokens, of any integer type, to the present document."""
-        self._document.append(tokens)
+        if self._spilled is None and self._filled + len(tokens) > len(self._buffer):
+            self._make_room(len(tokens))
+        if self._spilled is not None:
+            self._spilled.append(tokens.astype(self._buffer.dtype))
+        else:
+            self._buffer[self._filled : self._filled + len(tokens)] = tokens
+            self._filled += len(tokens)
 
     def end_document(self, target_start: int, document_id: bytes, origin: str, row: int, text_bytes: int) -> None:
         """End the present document."""
-        document, self._document = self._document, _Tokens(self._dtype, self._path.parent)
-        if self._batch.documents and self._batch.tokens + document.length > MAX_BATCH_TOKENS:
-            self._write_batch()
-        self._batch.add(document, target_start, document_id, self._origin_index[origin], row)
+        length = self._spilled.length if self._spilled is not None else self._filled - self._batch.num_tokens
+        self._batch.add(length, target_start, document_id, self._origin_index[origin], row)
         self._documents += 1
-        self._tokens += document.length
+        self._tokens += length
         self._text_bytes += text_bytes
-        if self._batch.tokens > MAX_BATCH_TOKENS or len(self._batch.documents) == MAX_BATCH_DOCUMENTS:
+        if self._spilled is not None or len(self._batch.rows) == MAX_BATCH_DOCUMENTS:
             self._write_batch()
 
     def close(self) -> tuple[ShardEntry, int]:
         """Finish the shard and give it its name; returns its entry and the bytes of its text."""
         self._write_batch()
         self._writer.close()
-        self._fill_spilled()
+        self._fill_frames()
         entry = ShardEntry(
             file=self._path.name,
             documents=self._documents,
@@ -73,102 +82,99 @@ class ShardWriter:
         put_in_place(self._temporary, self._path)
         return entry, self._text_bytes
 
+    def _make_room(self, num_tokens: int) -> None:
+        """Write the documents that are in the present one's way; if that is not enough, put it into a file."""
+        self._write_batch()
+        if self._filled + num_tokens > len(self._buffer):
+            self._spilled = _SpilledTokens(self._path.parent)
+            self._spilled.append(self._buffer[: self._filled])
+            self._filled = 0
+
     def _write_batch(self) -> None:
-        batch, self._batch = self._batch, _Batch()
-        if not batch.documents:
+        """Write the documents that have ended; tokens of one that has not move to the front."""
+        batch, self._batch = self._batch, _Documents()
+        if not batch.rows:
             return
-        if batch.documents[-1].is_spilled:
+        if self._spilled is not None:
             # Its frame is written with zeros and filled in when all frames stand: the pages of a private mapping that
             # is only read are all one page of zeros, and take no memory.
-            (document,) = batch.documents
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            values = pa.py_buffer(mmap.mmap(-1, document.num_bytes, flags=private, prot=mmap.PROT_READ))
-            array = pa.Array.from_buffers(pa.type_for_alias(self._dtype.name), document.length, [None, values])
-            self._spilled.append((self._num_batches, document))
+            num_bytes = self._spilled.length * self._buffer.itemsize
+            zeros = pa.py_buffer(mmap.mmap(-1, num_bytes, flags=private, prot=mmap.PROT_READ))
+            kind = self._schema.field("tokens").type.value_type
+            values = pa.Array.from_buffers(kind, self._spilled.length, [None, zeros])
+            self._frames.append((self._num_batches, self._spilled))
+            self._spilled = None
         else:
-            chunks = [chunk for document in batch.documents for chunk in document.chunks]
-            array = pa.array(np.concatenate([np.empty(0, self._dtype), *chunks]))
-        offsets = np.cumsum([0, *(document.length for document in batch.documents)], dtype=np.int64)
-        zeros = pa.array(np.zeros(len(batch.documents), dtype=np.int32))
+            values = pa.array(self._buffer[: batch.num_tokens])
+        self._writer.write_batch(self._to_arrow(batch, values))
+        self._num_batches += 1
+        rest = self._buffer[batch.num_tokens : self._filled]
+        self._buffer[: len(rest)] = rest.copy()
+        self._filled = len(rest)
+
+    def _to_arrow(self, batch: _Documents, values: pa.Array) -> pa.RecordBatch:
+        offsets = np.cumsum([0, *batch.lengths], dtype=np.int64)
+        only_source = pa.array(np.zeros(len(batch.rows), dtype=np.int32))
         columns = [
-            pa.LargeListArray.from_arrays(pa.array(offsets), array, type=self._schema.field("tokens").type),
+            pa.LargeListArray.from_arrays(pa.array(offsets), values, type=self._schema.field("tokens").type),
             pa.array(batch.target_starts, type=pa.int64()),
             pa.array(batch.document_ids, type=pa.binary(DOCUMENT_ID_BYTES)),
-            pa.DictionaryArray.from_arrays(zeros, self._sources),
+            pa.DictionaryArray.from_arrays(only_source, self._sources),
             pa.DictionaryArray.from_arrays(pa.array(batch.origins, type=pa.int32()), self._origins),
             pa.array(batch.rows, type=pa.int64()),
         ]
-        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._num_batches += 1
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
-    def _fill_spilled(self) -> None:
-        if not self._spilled:
+    def _fill_frames(self) -> None:
+        if not self._frames:
             return
         places = []
         with pa.memory_map(str(self._temporary)) as mapped:
             start = mapped.read_buffer(1).address
             reader = pa.ipc.open_file(mapped)
-            for batch, _ in self._spilled:
+            for batch, _ in self._frames:
                 places.append(reader.get_batch(batch).column("tokens").values.buffers()[1].address - start)
         with self._temporary.open("rb+") as file:
-            for place, (_, document) in zip(places, self._spilled, strict=True):
+            for place, (_, tokens) in zip(places, self._frames, strict=True):
                 file.seek(place)
-                document.copy_to(file)
+                tokens.move_to(file)
 
 
-class _Batch:
-    """Documents that will share a record batch; one that is spilled has a batch of its own."""
+@dataclass
+class _Documents:
+    """All but the tokens of the documents of a batch."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.documents: list[_Tokens] = []
-        self.target_starts: list[int] = []
-        self.document_ids: list[bytes] = []
-        self.origins: list[int] = []
-        self.rows: list[int] = []
+    num_tokens: int = 0
+    lengths: list[int] = field(default_factory=list)
+    target_starts: list[int] = field(default_factory=list)
+    document_ids: list[bytes] = field(default_factory=list)
+    origins: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
 
-    def add(self, document: _Tokens, target_start: int, document_id: bytes, origin: int, row: int) -> None:
-        self.tokens += document.length
-        self.documents.append(document)
+    def add(self, length: int, target_start: int, document_id: bytes, origin: int, row: int) -> None:
+        self.num_tokens += length
+        self.lengths.append(length)
         self.target_starts.append(target_start)
         self.document_ids.append(document_id)
         self.origins.append(origin)
         self.rows.append(row)
 
 
-class _Tokens:
-    """Tokens of one document: in memory, or beyond MAX_BATCH_TOKENS in a nameless file."""
+class _SpilledTokens:
+    """Tokens of one long document, in a file without a name that ends with this object."""
 
-    def __init__(self, dtype: np.dtype, folder: Path) -> None:
-        self._dtype = dtype
-        self._folder = folder
-        self.chunks: list[np.ndarray] = []
+    def __init__(self, folder: Path) -> None:
         self.length = 0
-        self._file: IO[bytes] | None = None
-
-    @property
-    def is_spilled(self) -> bool:
-        return self._file is not None
-
-    @property
-    def num_bytes(self) -> int:
-        return self.length * self._dtype.itemsize
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it is closed by `move_to`)
 
     def append(self, tokens: np.ndarray) -> None:
+        self._file.write(tokens.data)
         self.length += len(tokens)
-        self.chunks.append(tokens.astype(self._dtype))
-        if self._file is not None or self.length > MAX_BATCH_TOKENS:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (it lives as long as the document)
-            for chunk in self.chunks:
-                self._file.write(chunk.data)
-            self.chunks = []
 
-    def copy_to(self, file: IO[bytes]) -> None:
-        assert self._file is not None
+    def move_to(self, file: IO[bytes]) -> None:
         self._file.seek(0)
-        while block := self._file.read(COPY_BYTES):
-            file.write(block)
+        shutil.copyfileobj(self._file, file, COPY_BYTES)
         self._file.close()
 
 

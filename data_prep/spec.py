@@ -22,6 +22,7 @@ SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_l
 
 OneWord = Annotated[str, Field(pattern=r"^\S*$")]
 
+SourceSplit = Literal["hash", "name", "train", "valid", "test"]
 SourceFormat = Literal["auto", "text", "lines", "jsonl", "csv", "parquet", "arrow", "code"]
 
 
@@ -35,7 +36,7 @@ class SourceSpec(Section):
     weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="share of the rows that training takes from here; all sources have one, or none"
     )
-    split: Literal["hash", "name", "train", "valid", "test"] = Field(
+    split: SourceSplit = Field(
         "hash", description="by document id; by the start of the file's name; or everything into one"
     )
     text: str = Field("", description="field of a record, or a template such as '{title}\\n\\n{body}'")

@@ -56,9 +56,9 @@ Everything that decides what is in a dataset, as a TOML file; paths in it are re
     [cleaning]
     near_duplicates = 0.8
 
-It is given in the place of DATA. Without a file, the options of `python -m data_prep build` make one source of each DATA:
-`--vocab`, `--format`, `--text` and the like are short names of the keys below, and every key can be changed in TOML's
-syntax:
+It is given in the place of DATA. Without a file, the options of `python -m data_prep build` make one source of each
+DATA: `--vocab`, `--format`, `--text` and the like are short names of the keys below, and every key can be changed in
+TOML's syntax:
 
     make prep DATA=prep.toml OUT=data/mine
     python -m data_prep build prep.toml --out data/mine vocabulary.size=8192 sources.0.weight=2

@@ -161,7 +161,7 @@ class _Complaint:
         return f"{count} in {source}:\n" + "\n".join(problems)
 
     def _nearby_origin(self, location: str) -> str:
-        """Where a section came from of which only single keys have an origin, or a key of which only the section has."""
+        """Origin of a section of which only single keys have one, or of a key of which only the section has."""
         for path, origin in self.origins.items():
             if f"{location}.".startswith(f"{path}.") or path.startswith(f"{location}."):
                 return origin

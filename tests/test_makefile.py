@@ -63,12 +63,14 @@ def test_prep_hands_on_names_with_spaces(make, tmp_path):
     done, called = make("prep", f"DATA={folder}", "VOCAB=600", "ARGS=--exclude '*.md'")
     assert done.returncode == 0, done.stderr
     assert called == [
-        "-m", "data_prep", "build", str(folder), "--out", "data/my 'old' novels", "--vocab", "600", "--exclude", "*.md",
+        "-m", "data_prep", "build", str(folder), "--out", "data/my 'old' novels", "--vocab", "600",
+        "--exclude", "*.md",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("data", "out"), [("x/records.jsonl.gz", "data/records"), ("a.b.txt", "data/a.b"), ("a.csv.zst", "data/a"), ("plain", "data/plain")]
+    ("data", "out"),
+    [("x/records.jsonl.gz", "data/records"), ("a.b.txt", "data/a.b"), ("a.csv.zst", "data/a"), ("plain", "data/plain")],
 )
 def test_prep_names_the_dataset_after_the_file(make, data, out):
     _, called = make("prep", f"DATA={data}")

@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from enum import IntEnum
-from itertools import islice, pairwise
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,6 @@ from mdseq.errors import UserError
 
 BLOCK_CHARACTERS = 4096
 MAX_BLOCK_CHARACTERS = 65_536
-BLOCKS_AT_A_TIME = 32
 SPACE_MARK = "\u2581"
 _SPACE_MARKS = re.compile(f"({SPACE_MARK}+)")
 ROUND_TRIP_PROBE = f"  a\n\n\tb \r\n {SPACE_MARK}\0 <sep></s> \u00e9e\u0301\ufb01\uff21\U0001f600 "
@@ -61,18 +60,29 @@ class Tokenizer:
         self._require_special_ids(origin)
         mark_bytes = [f"<0x{byte:02X}>" for byte in SPACE_MARK.encode()]
         self._space_mark_ids = np.array([self._processor.piece_to_id(byte) for byte in mark_bytes], np.int32)
-        ids = range(self.vocab_size)
-        self._spellings = [self._spelling(index) for index in ids]
-        self.text_bytes: np.ndarray = np.array([len(spelling) for spelling in self._spellings], dtype=np.int64)
-        self.is_byte: np.ndarray = np.array([self._processor.IsByte(index) for index in ids])
         # Characters that stand side by side in a piece, so that a token may straddle the seam between them.
-        pieces = [self._spellings[index].decode() for index in ids if not self.is_byte[index]]
-        self._joined = frozenset(left + right for piece in pieces for left, right in pairwise(piece))
-        if self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
+        pieces: list[str] = self._processor.IdToPiece(list(range(self.vocab_size)))
+        self._joined = frozenset(
+            piece[start : start + 2].replace(SPACE_MARK, " ") for piece in pieces for start in range(len(piece) - 1)
+        )
+        probe = map(self._spelling, self.encode(ROUND_TRIP_PROBE).tolist())
+        if b"".join(probe).decode(errors="replace") != ROUND_TRIP_PROBE:
             raise UserError(
                 f"{origin} does not give back the text that it encodes; it must have byte fallback, identity "
                 "normalisation, no dummy prefix and no whitespace removal, as `data_prep build` trains"
             )
+
+    @cached_property
+    def text_bytes(self) -> np.ndarray:
+        return np.array([len(spelling) for spelling in self._spellings], dtype=np.int64)
+
+    @cached_property
+    def is_byte(self) -> np.ndarray:
+        return np.array([self._processor.IsByte(index) for index in range(self.vocab_size)])
+
+    @cached_property
+    def _spellings(self) -> list[bytes]:
+        return [self._spelling(index) for index in range(self.vocab_size)]
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -90,11 +100,9 @@ class Tokenizer:
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Token ids of a text that arrives in pieces; joined, they are `encode("".join(pieces))`.
 
-        Yields int32 arrays. Holds no more text than a piece and BLOCKS_AT_A_TIME blocks.
+        Yields an int32 array a block. Holds no more text than a piece and a block.
         """
-        blocks = self.blocks(pieces)
-        while some := list(islice(blocks, BLOCKS_AT_A_TIME)):
-            yield np.concatenate([ids for block in some for ids in self._encode_block(block)])
+        return map(self._encode_block, self.blocks(pieces))
 
     def blocks(self, pieces: Iterable[str]) -> Iterator[str]:
         """The blocks of a text that arrives in pieces; joined, they are the text.
@@ -130,13 +138,18 @@ class Tokenizer:
                 return position
         return limit if len(text) >= limit else 0
 
-    def _encode_block(self, block: str) -> Iterator[np.ndarray]:
+    def _encode_block(self, block: str) -> np.ndarray:
+        ids: np.ndarray
         if SPACE_MARK not in block:  # many times faster than the split
-            yield self._processor.EncodeAsNumpy(block)
-            return
-        for index, stretch in enumerate(_SPACE_MARKS.split(block)):
-            is_marks = index % 2
-            yield np.tile(self._space_mark_ids, len(stretch)) if is_marks else self._processor.EncodeAsNumpy(stretch)
+            ids = self._processor.EncodeAsNumpy(block)
+            return ids
+        stretches = enumerate(_SPACE_MARKS.split(block))
+        return np.concatenate(
+            [
+                np.tile(self._space_mark_ids, len(stretch)) if index % 2 else self._processor.EncodeAsNumpy(stretch)
+                for index, stretch in stretches
+            ]
+        )
 
     def _spelling(self, index: int) -> bytes:
         model = self._processor

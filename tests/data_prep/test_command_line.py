@@ -9,7 +9,6 @@ import pytest
 
 from data_prep.__main__ import main
 from mdseq.data.format import Manifest
-from mdseq.data.tokenizer import Tokenizer
 from tests.data_prep.conftest import contents, decoded, texts, write_jsonl
 
 
@@ -145,7 +144,7 @@ def test_mistakes_are_one_message(
     ]
     assert main(words) == 2
     message = capsys.readouterr().err
-    assert [line for line in message.splitlines() if not line.endswith("...")][0].startswith("error: ")
+    assert next(line for line in message.splitlines() if not line.endswith("...")).startswith("error: ")
     assert complaint in message
     assert contents(tmp_path) == before
 

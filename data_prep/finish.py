@@ -11,7 +11,7 @@ from pathlib import Path
 from data_prep.files import put_in_place, sync_folder, temporary_name, write_whole
 from data_prep.jobs import BuildFolder, FinishedShard
 from data_prep.plan import Plan
-from data_prep.spec import CleaningSpec
+from data_prep.spec import CleaningSpec, SourceSpec
 from mdseq.data.format import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -38,43 +38,46 @@ class Tally:
         self.plan = plan
         self.folder = folder
         self.finished: dict[int, FinishedShard] = {}
+        self.rejected: Counter[str] = Counter()
         self._limits = limits
+        self._read = self._faults = 0
 
     def add(self, shard: int, finished: FinishedShard) -> None:
         """Count a shard. Raises UserError as soon as it is certain that more is rejected than the limits allow."""
         self.finished[shard] = finished
-        read = sum(part.read for part in self.finished.values())
-        faults = sum(part.faults for part in self.finished.values())
-        filtered = sum(sum(part.rejected.values()) for part in self.finished.values()) - faults
-        total = read if len(self.finished) == len(self.plan.shards) else self.plan.records
-        limits = self._limits
-        if faults > limits.max_faulty_fraction * total:
-            self._stop(faults, read, "cannot be read", "max_faulty_fraction", limits.max_faulty_fraction)
+        self.rejected.update(finished.rejected)
+        self._read += finished.read
+        self._faults += finished.faults
+        is_all = len(self.finished) == len(self.plan.shards)
+        total = self._read if is_all else self.plan.records
+        limits, filtered = self._limits, self.rejected.total() - self._faults
+        if self._faults > limits.max_faulty_fraction * total:
+            raise self._too_many(self._faults, "cannot be read", "max_faulty_fraction", limits.max_faulty_fraction)
         if filtered > limits.max_filtered_fraction * total:
-            self._stop(
-                filtered, read, "were set aside by filters", "max_filtered_fraction", limits.max_filtered_fraction
-            )
+            what, limit = "were set aside by filters", limits.max_filtered_fraction
+            raise self._too_many(filtered, what, "max_filtered_fraction", limit)
 
-    def _stop(self, count: int, read: int, what: str, key: str, limit: float) -> None:
-        reasons: Counter[str] = Counter()
-        for part in self.finished.values():
-            reasons.update(part.rejected)
-        listed = ", ".join(f"{number:,} {reason}" for reason, number in reasons.most_common())
-        raise UserError(
-            f"{count:,} of {read:,} records {what}, more than the {limit:.0%} that cleaning.{key} allows: {listed}"
-            f"{self._examples()}\n  all are listed in {self.folder.work}/rejected-*.jsonl; mend the data and remove "
+    def describe(self) -> str:
+        """How many were rejected for which reason, and the first few."""
+        counts = (
+            ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.rejected.items())) or "nothing in them"
+        )
+        examples: list[str] = []
+        for path in (self.folder.rejected(shard) for shard in sorted(self.finished)):
+            if len(examples) < SHOWN_REJECTIONS and path.exists():
+                with path.open(encoding="utf-8") as file:
+                    records = [json.loads(line) for line in islice(file, SHOWN_REJECTIONS - len(examples))]
+                examples += [
+                    f"\n  {r['origin']}, row {r['row']}: {r['reason']}: {r['excerpt'][:100]!r}" for r in records
+                ]
+        return counts + "".join(examples)
+
+    def _too_many(self, count: int, what: str, key: str, limit: float) -> UserError:
+        return UserError(
+            f"{count:,} of {self._read:,} records {what}, more than the {limit:.0%} that cleaning.{key} allows: "
+            f"{self.describe()}\n  all are listed in {self.folder.work}/rejected-*.jsonl; mend the data and remove "
             f"{self.folder.path}, or go on with a higher {key}"
         )
-
-    def _examples(self) -> str:
-        lines: list[str] = []
-        for shard in sorted(self.finished):
-            path = self.folder.rejected(shard)
-            if len(lines) < SHOWN_REJECTIONS and path.exists():
-                with path.open(encoding="utf-8") as file:
-                    records = [json.loads(line) for line in islice(file, SHOWN_REJECTIONS - len(lines))]
-                lines += [f"\n  {r['origin']}, row {r['row']}: {r['reason']}: {r['excerpt'][:100]!r}" for r in records]
-        return "".join(lines)
 
 
 def write_manifest(tally: Tally) -> Manifest:
@@ -82,9 +85,7 @@ def write_manifest(tally: Tally) -> Manifest:
     plan, folder = tally.plan, tally.folder
     finished = [tally.finished[shard] for shard in range(len(plan.shards))]
     if not any(part.splits for part in finished):
-        reasons = sum((Counter(part.rejected) for part in finished), Counter())
-        listed = ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items())) or "no record"
-        raise UserError(f"no document in {len(plan.files):,} files: {listed}{tally._examples()}")
+        raise UserError(f"no document in {len(plan.files):,} files: {tally.describe()}")
     _collect_rejected(plan, folder)
     tokenizer = Tokenizer.load(folder.tokenizer)
     of_source = {
@@ -97,17 +98,7 @@ def write_manifest(tally: Tally) -> Manifest:
         vocab_size=tokenizer.vocab_size,
         dtype=token_dtype(tokenizer.vocab_size),
         special_tokens=special_token_ids(),
-        sources={
-            source.name: SourceEntry(
-                weight=source.weight,
-                path_header=source.path_header if source.format == "code" else "",
-                read=sum(part.read for part in of_source[source.name]),
-                rejected=dict(
-                    sorted(sum((Counter(part.rejected) for part in of_source[source.name]), Counter()).items())
-                ),
-            )
-            for source in plan.spec.sources
-        },
+        sources={source.name: _source_entry(source, of_source[source.name]) for source in plan.spec.sources},
         splits={split: _split_entry(split, of_source) for split in SPLITS},
     ).signed()
     for name, source in manifest.sources.items():
@@ -115,6 +106,18 @@ def write_manifest(tally: Tally) -> Manifest:
         assert source.read == kept + sum(source.rejected.values()), f"documents of {name} are lost"
     write_whole(folder.path / MANIFEST_FILE, manifest.to_json().encode())
     return manifest
+
+
+def _source_entry(source: SourceSpec, shards: list[FinishedShard]) -> SourceEntry:
+    rejected: Counter[str] = Counter()
+    for shard in shards:
+        rejected.update(shard.rejected)
+    return SourceEntry(
+        weight=source.weight,
+        path_header=source.path_header if source.format == "code" else "",
+        read=sum(shard.read for shard in shards),
+        rejected=dict(sorted(rejected.items())),
+    )
 
 
 def _split_entry(split: Split, of_source: dict[str, list[FinishedShard]]) -> SplitEntry:

@@ -52,6 +52,7 @@ class BuildFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.work = path / "work"
+        self.lock = self.work / "lock"
         self.plan = path / PLAN_FILE
         self.tokenizer = path / TOKENIZER_FILE
         self.contamination = self.work / "evaluation.arrow"

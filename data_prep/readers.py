@@ -367,7 +367,7 @@ def _named(path: Path) -> Iterator[None]:
     """Name the file in whatever goes wrong while it is read."""
     try:
         yield
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IsalError, lzma.LZMAError, EOFError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, IsalError, lzma.LZMAError, EOFError) as error:  # type: ignore[misc]
         raise _damaged(path, error) from None
     except OSError as error:
         if error.errno is None or error.strerror is None:  # Arrow's decompressors

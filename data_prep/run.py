@@ -133,10 +133,10 @@ def _partial(out: Path) -> Iterator[BuildFolder]:
     """The folder of the build, held by this process alone; turns the system's refusals into UserErrors."""
     folder = BuildFolder(out.with_name(f"{out.name}.partial"))
     try:
+        if folder.path.exists() and not folder.lock.exists() and any(folder.path.iterdir()):
+            raise UserError(f"{folder.path} holds files that are not a build's; move them, or choose another OUT")
         folder.work.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder.path)
-        remove_temporaries(folder.work)
-        lock = (folder.work / "lock").open("w")
+        lock = folder.lock.open("w")
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise _disk_full(out) from None
@@ -149,6 +149,8 @@ def _partial(out: Path) -> Iterator[BuildFolder]:
         except BlockingIOError:
             raise UserError(f"another build is writing {folder.path}; wait for it, or choose another OUT") from None
         try:
+            remove_temporaries(folder.path)
+            remove_temporaries(folder.work)
             yield folder
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -39,11 +39,6 @@ class WindowSample:
         self._held = 0
         self._heap: list[tuple[int, str]] = []  # negated hashes: the largest hash on top
 
-    @classmethod
-    def for_vocabulary(cls, vocab_size: int) -> WindowSample:
-        """A sample large enough to train on by itself."""
-        return cls(vocab_size * SAMPLE_CHARACTERS_PER_TOKEN)
-
     @property
     def seen_enough(self) -> bool:
         return self._unread <= 0
@@ -66,9 +61,6 @@ class WindowSample:
     def windows(self) -> list[str]:
         """The sampled text, smallest hash first: what a process hands on."""
         return [window for _, window in sorted(self._heap, reverse=True)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.windows())
 
 
 def allot(shard_bytes: Mapping[str, Sequence[int]], vocab_size: int) -> dict[str, list[int]]:

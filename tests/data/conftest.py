@@ -9,12 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.vocabulary import WindowSample, train_vocabulary
+from data_prep.vocabulary import train_vocabulary
 from mdseq.data.corpus import Corpus
 from mdseq.data.tokenizer import Tokenizer
 from tests.data.datasets import Shard, write_dataset
 
 CorpusOf = Callable[..., Corpus]
+TEXTS = [
+    f"The river number {number} runs past the old mill, and the miller's wife sings.\n"
+    f"def mill_{number}(river):\n    if river:\n        return river + {number}\n\n"
+    for number in range(60)
+]
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +59,8 @@ def corpus_of(tmp_path_factory: pytest.TempPathFactory) -> CorpusOf:
 
 @pytest.fixture(scope="session")
 def tokenizer_model() -> bytes:
-    """A vocabulary of the words below and of indented code."""
-    sample = WindowSample.for_vocabulary(1000)
-    for number in range(60):
-        sample.add(f"The river number {number} runs past the old mill, and the miller's wife sings.\n")
-        sample.add(f"def mill_{number}(river):\n    if river:\n        return river + {number}\n\n")
-    return train_vocabulary(sample, 1000)
+    """A vocabulary of some words and of indented code."""
+    return train_vocabulary(TEXTS, 1000)
 
 
 @pytest.fixture(scope="session")

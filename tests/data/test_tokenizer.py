@@ -12,10 +12,11 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_prep.vocabulary import WindowSample, train_vocabulary
+from data_prep.vocabulary import train_vocabulary
 from mdseq.data import tokenizer as tokenizer_module
 from mdseq.data.tokenizer import SPACE_MARK, SpecialToken, Tokenizer
 from mdseq.errors import UserError
+from tests.data.conftest import TEXTS
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]))
 # Words of the vocabulary, often with nothing between them, so that seams are not everywhere. No two spaces
@@ -30,11 +31,7 @@ def model(request: pytest.FixtureRequest, tokenizer_model: bytes) -> bytes:
     """A vocabulary of either kind."""
     if request.param == "unigram":
         return tokenizer_model
-    sample = WindowSample.for_vocabulary(1000)
-    for number in range(60):
-        sample.add(f"The river number {number} runs past the old mill, and the miller's wife sings.\n")
-        sample.add(f"def mill_{number}(river):\n    if river:\n        return river + {number}\n\n")
-    return train_vocabulary(sample, 1000, "bpe")
+    return train_vocabulary(TEXTS, 1000, "bpe")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +49,6 @@ def blocks_of(least: int, most: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer_module, "BLOCK_CHARACTERS", least)
         patch.setattr(tokenizer_module, "MAX_BLOCK_CHARACTERS", most)
-        patch.setattr(tokenizer_module, "BLOCKS_AT_A_TIME", 3)
         yield
 
 

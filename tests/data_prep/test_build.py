@@ -311,12 +311,23 @@ class TestRefusals:
         ):
             build_dataset(data, tmp_path / "out")
 
+    def test_a_folder_in_the_way_is_left_alone(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial" / "thesis.tex").write_text("mine")
+        with pytest.raises(UserError, match=r"out.partial holds files that are not a build's"):
+            build_dataset(data, tmp_path / "out")
+        assert contents(tmp_path / "out.partial") == {"thesis.tex": b"mine"}
+
     def test_two_builds_of_one_dataset_at_once(self, build_dataset: Build, tmp_path: Path) -> None:
         import fcntl
 
         data = write_jsonl(tmp_path / "texts.jsonl", texts(5))
         (tmp_path / "out.partial" / "work").mkdir(parents=True)
+        being_written = tmp_path / "out.partial" / ".train-00000.arrow.node-1.tmp"
+        being_written.touch()
         with (tmp_path / "out.partial" / "work" / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(UserError, match="another build is writing"):
                 build_dataset(data, tmp_path / "out")
+        assert being_written.exists()

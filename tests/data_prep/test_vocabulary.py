@@ -30,11 +30,11 @@ WORDS = ["".join(RANDOM.choices("etaoinsr", k=RANDOM.randint(1, 9))) for _ in ra
 VARIED = [" ".join(RANDOM.choices(WORDS, k=30)) + "\n" for _ in range(200)]
 
 
-def sample_of(texts: Iterable[str], num_characters: int) -> WindowSample:
+def sample_of(texts: Iterable[str], num_characters: int) -> list[str]:
     sample = WindowSample(num_characters)
     for text in texts:
         sample.add(text)
-    return sample
+    return sample.windows()
 
 
 def pieces(model: bytes) -> list[str]:
@@ -49,9 +49,9 @@ def test_sample_is_the_smallest_hashes(texts: list[str], num_characters: int, sh
     expected = [text for text, before in zip(smallest_first, totals, strict=False) if before < num_characters]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary_module, "READ_FACTOR", 1000)
-        assert list(sample_of(texts, num_characters)) == expected
+        assert sample_of(texts, num_characters) == expected
         shuffler.shuffle(texts)
-        assert list(sample_of(texts, num_characters)) == expected
+        assert sample_of(texts, num_characters) == expected
 
 
 def test_sample_is_spread_over_the_text() -> None:
@@ -101,7 +101,7 @@ def test_chosen_shards_are_evenly_spaced() -> None:
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
 def test_model_depends_on_the_text_alone(model: str) -> None:
     whole = train_vocabulary(sample_of(VARIED, 10**6), VOCAB, model)
-    parts = [list(sample_of(VARIED[start::3], 10**6)) for start in range(3)]
+    parts = [sample_of(VARIED[start::3], 10**6) for start in range(3)]
     assert train_vocabulary(chain(*reversed(parts)), VOCAB, model) == whole
     assert train_vocabulary(reversed(VARIED), VOCAB, model) == whole
     assert train_vocabulary(VARIED[:100], VOCAB, model) != whole

@@ -11,8 +11,8 @@ from benchmarks import building, reading
 
 
 def main() -> None:
-    building.main()
-    reading.main()
+    building.main([])
+    reading.main([])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -195,11 +195,11 @@ def padding(num_documents: int = 200_000, most: int = 64) -> Table:
     return table
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=200_000_000, help="of the dataset; two bytes each, twice")
     parser.add_argument("--folder", type=Path, help="where the dataset is made for a while; default: the system's")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     console = Console()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         make_dataset(Path(name), options.tokens)

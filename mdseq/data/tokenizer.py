@@ -23,7 +23,7 @@ import sentencepiece
 
 from mdseq.errors import UserError
 
-BLOCK_CHARACTERS = 4096
+BLOCK_CHARACTERS = 8192
 MAX_BLOCK_CHARACTERS = 65_536
 SPACE_MARK = "\u2581"
 _SPACE_MARKS = re.compile(f"({SPACE_MARK}+)")

@@ -31,7 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.documents import Document
-from data_prep.readers import ReadOptions, Stretch, reader_of
+from data_prep.readers.base import ReadOptions, Stretch
+from data_prep.readers.registry import reader_of
 from data_prep.run import train_tokenizer
 from data_prep.sources import find_files
 from data_prep.spec import PrepSpec, SourceSpec, VocabularySpec

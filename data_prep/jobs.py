@@ -25,7 +25,8 @@ from data_prep.documents import Document, Rejection, Screened
 from data_prep.duplicates import Dropped, load_dropped
 from data_prep.files import put_in_place, temporary_name, write_whole
 from data_prep.plan import InputFile, Plan, PlannedShard
-from data_prep.readers import Stretch, reader_of
+from data_prep.readers.base import Stretch
+from data_prep.readers.registry import reader_of
 from data_prep.shards import ShardWriter, shard_name
 from data_prep.signatures import SignatureWriter
 from data_prep.vocabulary import WindowSample

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.documents import Document
-from data_prep.readers import BLOCK_BYTES, ReadOptions, Stretch, first_record, reader_of
+from data_prep.readers.base import BLOCK_BYTES, ReadOptions, Stretch
+from data_prep.readers.registry import first_record, reader_of
 from data_prep.sources import FileFormat, SourceFile, compression_of, find_files
 from data_prep.spec import PrepSpec, SourceSpec
 from mdseq.data.format import Kind, Split, file_sha256

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import audit, jobs, plan, readers
+from data_prep import audit, jobs, plan
+from data_prep.readers import text
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import Manifest, document_id
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
@@ -109,7 +110,7 @@ class TestSameBytes:
     def test_a_file_is_cut_into_shards_without_a_document_lost_or_doubled(
         self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(text, "BLOCK_BYTES", 1000)
         monkeypatch.setattr(plan, "BLOCK_BYTES", 1000)
         data = write_jsonl(tmp_path / "texts.jsonl", texts(2000))
         build_dataset(data, tmp_path / "out", "shards.text_mb=0.01", "splits.valid_fraction=0")

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import readers
 from data_prep.documents import Document, Rejection
-from data_prep.readers import ReadOptions, Stretch, first_record, reader_of
+from data_prep.readers import files, text
+from data_prep.readers.base import EXCERPT_CHARACTERS, ReadOptions, Stretch
+from data_prep.readers.registry import first_record, reader_of
 from data_prep.sources import FileFormat
 from data_prep.templates import RecordTemplate
 from mdseq.errors import UserError
@@ -86,7 +87,7 @@ class TestJsonLines:
         first, last = whole(path, "jsonl")
         assert plain([first, last]) == [(1, expected), (2, ("last",))]
         if isinstance(first, Rejection):
-            assert len(first.excerpt) <= readers.EXCERPT_CHARACTERS
+            assert len(first.excerpt) <= EXCERPT_CHARACTERS
             first.excerpt.encode()
 
     def test_pairs_and_byte_order_mark(self, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ class TestStretches:
         path = tmp_path_factory.mktemp("lines") / "lines.txt"
         path.write_bytes(b"\n".join(lines) + b"\n" * end)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(readers, "BLOCK_BYTES", 4)
+            patch.setattr(text, "BLOCK_BYTES", 4)
             survey = reader_of("lines").survey(path, 100)
             pieces = []
             for block, row in enumerate(survey.lines_before):
@@ -204,8 +205,8 @@ class TestWholeFiles:
             assert document.header == ""
 
     def test_large_files_are_read_in_pieces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(readers, "LARGE_FILE_BYTES", 100)
-        monkeypatch.setattr(readers, "BLOCK_BYTES", 7)
+        monkeypatch.setattr(text, "LARGE_FILE_BYTES", 100)
+        monkeypatch.setattr(files, "BLOCK_BYTES", 7)
         path = tmp_path / "a.txt"
         path.write_text("häöü€😀" * 50)
         (document,) = whole(path, "text")

@@ -75,13 +75,14 @@ class Lines:
         for row, line in _lines(path, stretch, options.max_record_bytes):
             if line is None:
                 yield too_large(name, row, options)
-                continue
-            if line.isspace():
-                continue
-            try:
-                yield Document(name, row, ((line.rstrip(b"\r\n").decode(),),))
-            except UnicodeDecodeError:
-                yield Rejection(name, row, "not_utf8", excerpt_of_bytes(line))
+            elif not line.isspace():
+                yield self._document(name, row, line, options)
+
+    def _document(self, name: str, row: int, line: bytes, options: ReadOptions) -> Document | Rejection:
+        try:
+            return Document(name, row, ((line.rstrip(b"\r\n").decode(),),))
+        except UnicodeDecodeError:
+            return Rejection(name, row, "not_utf8", excerpt_of_bytes(line))
 
 
 class JsonLines(Lines):
@@ -93,18 +94,11 @@ class JsonLines(Lines):
             if isinstance(record, dict):
                 yield record
 
-    def read(self, path: Path, name: str, stretch: Stretch, options: ReadOptions) -> Iterator[Document | Rejection]:
-        for row, line in _lines(path, stretch, options.max_record_bytes):
-            if line is None:
-                yield too_large(name, row, options)
-                continue
-            if line.isspace():
-                continue
-            record = _parse(row, line)
-            if isinstance(record, str):
-                yield Rejection(name, row, record, excerpt_of_bytes(line))
-            else:
-                yield document_of(name, row, record, options, partial(excerpt_of_bytes, line))
+    def _document(self, name: str, row: int, line: bytes, options: ReadOptions) -> Document | Rejection:
+        record = _parse(row, line)
+        if isinstance(record, str):
+            return Rejection(name, row, record, excerpt_of_bytes(line))
+        return document_of(name, row, record, options, partial(excerpt_of_bytes, line))
 
 
 def _lines(path: Path, stretch: Stretch, max_bytes: int) -> Iterator[tuple[int, bytes | None]]:

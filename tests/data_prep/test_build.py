@@ -268,8 +268,10 @@ class TestRefusals:
     def test_a_file_that_is_only_touched_has_not_changed(self, build_dataset: Build, tmp_path: Path) -> None:
         data = write_jsonl(tmp_path / "texts.jsonl", texts(20))
         build_dataset(data, tmp_path / "out")
+        before = contents(tmp_path / "out")
         data.touch()
         build_dataset(data, tmp_path / "out")
+        assert contents(tmp_path / "out") == before
 
     def test_input_that_changes_meanwhile(
         self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from data_prep.workers import worker_context
 from mdseq.errors import UserError, exit_status
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from data_prep.run import Where
@@ -172,8 +173,6 @@ def _build(options: argparse.Namespace) -> None:
     if options.workers > 1:
         worker_context()
 
-    from rich.console import Console
-
     from data_prep.run import build
 
     built = build(spec, options.out, _where(options))
@@ -184,14 +183,13 @@ def _build(options: argparse.Namespace) -> None:
     text_bytes = sum(entry.text_bytes for entry in manifest.splits.values())
     table = _table(f"{options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
     table.caption = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; fingerprint {manifest.fingerprint[:16]}"
-    Console().print(table)
+    _console().print(table)
     _print_rejected(options.out, manifest)
     if not spec.vocabulary.tokenizer and manifest.vocab_size < spec.vocabulary.size:
         print(f"the text supports {manifest.vocab_size:,} tokens, not the {spec.vocabulary.size:,} asked for")
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from data_prep.run import plan_build
@@ -207,7 +205,7 @@ def _plan(options: argparse.Namespace) -> None:
         files = {stretch.file for shard in shards for stretch in shard.stretches}
         megabytes = sum(shard.text_bytes for shard in shards) / 1e6
         table.add_row(source.name, f"{len(files):,}", f"{megabytes:,.1f}", f"{len(shards):,}")
-    Console().print(table)
+    _console().print(table)
 
 
 def _tokenizer(options: argparse.Namespace) -> None:
@@ -229,7 +227,6 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from data_prep.picture import plot_stats
@@ -258,8 +255,8 @@ def _stats(options: argparse.Namespace) -> None:
             f"{part.byte_fallback:.2%}",
         )
         lengths.add_row(part.split, part.source, *(f"{value:,}" for value in part.length_quantiles.values()))
-    Console().print(sizes)
-    Console().print(lengths)
+    _console().print(sizes)
+    _console().print(lengths)
     plot_stats(parts, str(options.dir), png)
     print(f"drawn in {png}")
 
@@ -277,6 +274,13 @@ def _pairs(options: argparse.Namespace) -> None:
     for name, finding in counts.unreadable.items():
         print(f"left out {name}: {finding}", file=sys.stderr)
     print(f"wrote {options.out}: {counts.pairs:,} pairs from {counts.files - len(counts.unreadable):,} files")
+
+
+def _console() -> Console:
+    """Standard output; wide enough for the tables where it is no terminal."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else 110)
 
 
 def _shards(manifest: Manifest) -> list[ShardEntry]:

@@ -23,11 +23,7 @@ DEFAULT_LENGTH = 128
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        return exit_status(lambda: options.command(options), "interrupted")
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stderr.close()
-        return 0
+    return exit_status(lambda: options.command(options), "interrupted")
 
 
 def _parser() -> argparse.ArgumentParser:

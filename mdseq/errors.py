@@ -1,5 +1,6 @@
 """The one exception that speaks to the user, and how a command line ends."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,4 +22,6 @@ def exit_status(command: Callable[[], object], when_interrupted: str) -> int:
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes nowhere
     return 0

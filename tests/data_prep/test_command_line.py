@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import pytest
 from data_prep.__main__ import main
 from mdseq.data.format import Manifest
 from tests.data_prep.conftest import contents, decoded, texts, write_jsonl
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -147,6 +152,16 @@ def test_mistakes_are_one_message(
     assert next(line for line in message.splitlines() if not line.endswith("...")).startswith("error: ")
     assert complaint in message
     assert contents(tmp_path) == before
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(data: Path, tmp_path: Path, run) -> None:  # type: ignore[no-untyped-def]
+    (data / "long.txt").write_text("river\n" * 100_000)
+    out = tmp_path / "out"
+    run("build", data, "--out", out, "--vocab", "600", "--valid_fraction", "0", "--workers", "1")
+    show = f"set -o pipefail; {shlex.quote(sys.executable)} -m data_prep show {shlex.quote(str(out))} 12 | head -1"
+    done = subprocess.run(["bash", "-c", show], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "long.txt" in done.stdout
 
 
 def test_an_unknown_option_is_named(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

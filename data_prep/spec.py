@@ -167,7 +167,8 @@ def default_name(path: str | tuple[str, ...]) -> str:
     """Name of a source that was given none: the last part of its first path that has no wildcard, made plain."""
     first = path if isinstance(path, str) else path[0]
     parts = [part for part in Path(first).absolute().parts if not set(part) & set("*?[")]
-    stem = parts[-1].partition(".")[0] if parts and Path(first).suffix else (parts[-1] if parts else "")
+    last = parts[-1] if parts else ""
+    stem = last if Path(first).is_dir() else last.partition(".")[0]
     plain = "".join(character if character.isascii() and character.isalnum() else "-" for character in stem)
     return plain.strip("-")[:64] or "text"
 

@@ -44,7 +44,7 @@ ALONE = "SentencePiece alone, texts in memory"
 
 
 def documents_of(data: Path) -> Iterator[str]:
-    source = SourceSpec(name="all", path=str(data), text="text")
+    source = SourceSpec(name="all", path=(str(data),), text="text")
     options = ReadOptions(source.record_template(), "", 32_000_000)
     for file in find_files(source):
         for record in reader_of(file.format).read(file.path, file.name, Stretch(0, sys.maxsize), options):
@@ -145,7 +145,7 @@ def building_table(
         texts = list(documents_of(data))
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         model = folder / "tokenizer.model"
-        source = SourceSpec(name="all", path=str(data), text="text")
+        source = SourceSpec(name="all", path=(str(data),), text="text")
         train_tokenizer(PrepSpec(sources=(source,), vocabulary=VocabularySpec(model=kind)), model, workers)
         ours = ("-m", "data_prep", "build", data, "--tokenizer", model, "--text", "text", "--workers", workers, "--out")
         ways: dict[str, Callable[[Path], float]] = {

@@ -251,7 +251,7 @@ def _kind_of(spec: PrepSpec) -> Kind:
 
 
 def _evaluation_source(path: str) -> SourceSpec:
-    return SourceSpec(name="evaluation", path=path, path_header="")
+    return SourceSpec(name="evaluation", path=(path,), path_header="")
 
 
 def _cut(surveyed: Sequence[Surveyed], files_of_source: Iterable[int], text_mb: float) -> Iterator[PlannedShard]:

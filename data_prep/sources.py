@@ -64,13 +64,12 @@ def find_files(source: SourceSpec) -> list[SourceFile]:
     Raises:
         UserError: Nothing to read, or a file whose split is to be told by its name, and is not.
     """
-    roots = [source.path] if isinstance(source.path, str) else list(source.path)
     found: list[SourceFile] = []
-    for root in roots:
+    for root in source.path:
         found += sorted(_files_under(root, source), key=lambda file: file.name)
     unique = list({file.path: file for file in found}.values())
     if not unique:
-        raise UserError(_nothing_to_read(roots, source))
+        raise UserError(_nothing_to_read(source))
     return unique
 
 
@@ -192,9 +191,9 @@ def _split_of(path: Path, source: SourceSpec) -> Split | None:
     )
 
 
-def _nothing_to_read(roots: list[str], source: SourceSpec) -> str:
+def _nothing_to_read(source: SourceSpec) -> str:
     return (
-        f"nothing to read in {', '.join(roots)} as format = {source.format}; text is {', '.join(TEXT_SUFFIXES)}, "
+        f"nothing to read in {', '.join(source.path)} as format = {source.format}; text is {', '.join(TEXT_SUFFIXES)}, "
         f"records are {', '.join(RECORD_SUFFIXES)}, each plain or {', '.join(COMPRESSIONS)} (parquet and arrow plain); "
         "for a source tree give format = code, for a single file of another name its format"
     )

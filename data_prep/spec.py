@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
+SomeText = Annotated[str, Field(min_length=1)]
 OneWord = Annotated[str, Field(pattern=r"^\S*$")]
 
 SourceSplit = Literal["hash", "name", "train", "valid", "test"]
@@ -30,7 +31,9 @@ class SourceSpec(Section):
     """Text of one kind, from one place."""
 
     name: SourceName = Field("", validate_default=False, description="default: the last part of the path")
-    path: str | tuple[str, ...] = Field(description="file, folder or glob, or a list of them; from the spec's folder")
+    path: tuple[SomeText, ...] = Field(
+        min_length=1, description="file, folder or glob, or a list of them; from the spec's folder"
+    )
     format: SourceFormat = Field("auto", description="auto: by file name, records rather than the text beside them")
     exclude: tuple[str, ...] = Field((), description="names or paths to skip, with * and ?")
     weight: Annotated[float, Field(gt=0)] | None = Field(
@@ -46,6 +49,11 @@ class SourceSpec(Section):
     turn: str = Field("{0}: {1}\n", description="template of a turn: its items by number, or its fields by name")
     last_turn_is_target: bool = Field(False, description="a dialogue becomes a pair: the last turn, given the others")
     path_header: str = Field("# {path}\n", description="first line of each file of a source tree; empty for none")
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path(cls, path: object) -> object:
+        return (path,) if isinstance(path, str) else path
 
     @model_validator(mode="after")
     def _one_kind_of_document(self) -> Self:
@@ -149,7 +157,7 @@ class PrepSpec(Section):
         """Give each source a name of its own."""
         named: dict[str, SourceSpec] = {}
         for source in sources:
-            name = source.name or default_name(source.path)
+            name = source.name or default_name(source.path[0])
             if name in named:
                 raise ValueError(f"two sources are called {name}; give each a name of its own")
             named[name] = source.model_copy(update={"name": name})
@@ -163,12 +171,11 @@ class PrepSpec(Section):
         return self
 
 
-def default_name(path: str | tuple[str, ...]) -> str:
-    """Name of a source that was given none: the last part of its first path that has no wildcard, made plain."""
-    first = path if isinstance(path, str) else path[0]
-    parts = [part for part in Path(first).absolute().parts if not set(part) & set("*?[")]
+def default_name(path: str) -> str:
+    """Name of a source that was given none: the last part of its path that has no wildcard, made plain."""
+    parts = [part for part in Path(path).absolute().parts if not set(part) & set("*?[")]
     last = parts[-1] if parts else ""
-    stem = last if Path(first).is_dir() else last.partition(".")[0]
+    stem = last if Path(path).is_dir() else last.partition(".")[0]
     plain = "".join(character if character.isascii() and character.isalnum() else "-" for character in stem)
     return plain.strip("-")[:64] or "text"
 

@@ -46,7 +46,7 @@ Everything that decides what is in a dataset, as a TOML file; paths in it are re
 
     [[sources]]
     name = "questions"
-    path = ["quiz/train.parquet", "quiz/more.csv"]
+    path = ["quiz/train.parquet", "quiz/more.parquet"]
     text = "{question}\\n\\n{context.0}"
     weight = 1
 

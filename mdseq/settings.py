@@ -142,13 +142,20 @@ class _Complaint:
     def describe(self, error: ValidationError) -> str:
         """One paragraph a problem: path, value, origin, what is allowed and the fix."""
         problems = []
+        locations = [item["loc"] for item in error.errors()]
         for item in error.errors():
             location = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "too_short" and any(
+                item["loc"] == longer[: len(item["loc"])] != longer for longer in locations
+            ):
+                continue  # pydantic does not count items that have a problem of their own
             if item["type"] == "value_error":  # a check over several keys: its message names them itself
                 problems.append(f"  {item['ctx']['error']}")
                 continue
             origin = self.origins.get(location) or self._nearby_origin(location)
-            if item["type"] == "extra_forbidden":
+            if item["type"] == "missing":
+                problems.append(f"  {location} (from {origin}) is missing{self._purpose(location)}")
+            elif item["type"] == "extra_forbidden":
                 known = [*self.kind.model_fields, *_known_paths(self.kind)]
                 close = difflib.get_close_matches(_without_numbers(location), known, n=1)
                 advice = f"did you mean {close[0]}?" if close else "remove it; `--dry_run` lists every key"

@@ -117,6 +117,10 @@ def test_pairs_are_built_of_source_trees(tmp_path: Path, run, tokenizer_path: Pa
     ("arguments", "complaint"),
     [
         (["build", "absent", "--out", "OUT"], "absent does not exist"),
+        (
+            ["build", "", "--out", "OUT"],
+            "1 problem in the prep spec:\n  sources.0.path.0 = '' (from file) String should",
+        ),
         (["build", "DATA", "--out", "DATA"], "is never overwritten"),
         (["build", "DATA", "--out", "OUT", "--workers", "0"], "WORKERS=0"),
         (["build", "DATA", "--out", "OUT", "--vocab", "100"], "vocabulary.size = 100 (from command line) should be"),

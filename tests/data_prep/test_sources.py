@@ -11,7 +11,7 @@ from mdseq.errors import UserError
 
 
 def find(path: Path | str, **keys: object) -> list[tuple[str, str]]:
-    files = find_files(SourceSpec(name="here", path=str(path), **keys))  # type: ignore[arg-type]
+    files = find_files(SourceSpec(name="here", path=(str(path),), **keys))  # type: ignore[arg-type]
     return [(file.name, file.format) for file in files]
 
 
@@ -123,10 +123,10 @@ def test_split_by_name(tmp_path: Path) -> None:
     wanted = {"train-00.jsonl": "train", "dev.jsonl": "valid", "validation_1.jsonl": "valid", "TEST.jsonl.gz": "test"}
     for name in wanted:
         (tmp_path / name).touch()
-    files = find_files(SourceSpec(name="s", path=str(tmp_path), split="name"))
+    files = find_files(SourceSpec(name="s", path=(str(tmp_path),), split="name"))
     assert {file.name: file.split for file in files} == wanted
-    assert {file.split for file in find_files(SourceSpec(name="s", path=str(tmp_path), split="test"))} == {"test"}
-    assert {file.split for file in find_files(SourceSpec(name="s", path=str(tmp_path)))} == {None}
+    assert {file.split for file in find_files(SourceSpec(name="s", path=(str(tmp_path),), split="test"))} == {"test"}
+    assert {file.split for file in find_files(SourceSpec(name="s", path=(str(tmp_path),)))} == {None}
     (tmp_path / "trainer.jsonl").touch()
     with pytest.raises(UserError, match=r"trainer.jsonl: its name does not begin with train, valid"):
-        find_files(SourceSpec(name="s", path=str(tmp_path), split="name"))
+        find_files(SourceSpec(name="s", path=(str(tmp_path),), split="name"))

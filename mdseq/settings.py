@@ -158,7 +158,8 @@ class _Complaint:
             elif item["type"] == "extra_forbidden":
                 known = [*self.kind.model_fields, *_known_paths(self.kind)]
                 close = difflib.get_close_matches(_without_numbers(location), known, n=1)
-                advice = f"did you mean {close[0]}?" if close else "remove it; `--dry_run` lists every key"
+                page = f"docs/{self.title.replace(' ', '_')}.md"
+                advice = f"did you mean {close[0]}?" if close else f"remove it; {page} lists every key"
                 problems.append(f"  {location} (from {origin}) is not a key of the {self.title}; {advice}")
             else:
                 allowed = item["msg"].removeprefix("Input ")

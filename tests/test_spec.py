@@ -134,7 +134,7 @@ def test_an_unknown_key_suggests_the_near_one(override: str, near: str) -> None:
 def test_an_unknown_key_like_no_other(tmp_path: Path) -> None:
     _, problem = complaint(write(tmp_path, "[model]\nzzzzzzzzzzzzzzzzzzz = 1"))
     assert "(from file)" in problem
-    assert problem.endswith("remove it; `--dry_run` lists every key")
+    assert problem.endswith("remove it; docs/run_spec.md lists every key")
 
 
 @pytest.mark.parametrize("override", ["optimizer.learning_rate=1", "seed.value=3"])

@@ -58,16 +58,16 @@ class TestForm:
     def test_source_tree_with_and_without_header(self, build_dataset: Build, tmp_path: Path) -> None:
         (tmp_path / "tree" / "lib").mkdir(parents=True)
         (tmp_path / "tree" / "lib" / "mill.py").write_text("x = 1\n")
-        with_header = build_dataset(tmp_path / "tree", tmp_path / "with", format="code")
-        without = build_dataset(tmp_path / "tree", tmp_path / "without", format="code", path_header="")
+        with_header = build_dataset(tmp_path / "tree", tmp_path / "with", "splits.valid_fraction=0", format="code")
+        without = build_dataset(
+            tmp_path / "tree", tmp_path / "without", "splits.valid_fraction=0", format="code", path_header=""
+        )
         assert decoded(tmp_path / "with") == [("# lib/mill.py\nx = 1\n",)]
         assert decoded(tmp_path / "without") == [("x = 1\n",)]
         ids = [corpus_ids(tmp_path / name) for name in ("with", "without")]
         assert ids[0] == ids[1], "a document is known by its content, not by where it stands"
-        assert with_header.splits["train"].text_bytes - without.splits["train"].text_bytes in (
-            len("# lib/mill.py\n"),
-            0,
-        )
+        header_bytes = with_header.splits["train"].text_bytes - without.splits["train"].text_bytes
+        assert header_bytes == len("# lib/mill.py\n")
         assert audit.verify(tmp_path / "with") == 1
 
     def test_several_sources(self, build_dataset: Build, tmp_path: Path) -> None:

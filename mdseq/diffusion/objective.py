@@ -18,7 +18,6 @@ from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.experts import captured_router_logits
 from mdseq.noise import NoiseKey, Purpose
-from mdseq.sparse import Layout
 from mdseq.spec import RunSpec
 
 
@@ -108,7 +107,7 @@ class DiffusionObjective(nn.Module):
         # 7. Regularise the absorbing state and the routers.
         loss = loss + diffusion.absorbing_weight * m_z.norm()
         if self.balance is not None:
-            layout = Layout.of(documents, self.config.num_global)
+            layout = documents.layout(self.config.num_global)
             slots = batch.totals.tokens + self.config.num_global * batch.totals.documents
             balance, router_z = self.balance.losses(router_logits, layout.real_bs.flatten())
             parts["balance"] = balance * batch.totals.micro_batches / slots

@@ -16,7 +16,7 @@ from mdseq.model.attention import SelfAttention
 from mdseq.model.block import Block
 from mdseq.model.embedding import TimeEmbedding, rotary_angles
 from mdseq.model.experts import DenseFeedForward, Experts, RoutedExperts
-from mdseq.sparse import Documents, Layout, Pattern
+from mdseq.sparse import Documents, Pattern
 from mdseq.spec import RunSpec
 
 
@@ -31,8 +31,7 @@ class DenoiserConfig:
     num_heads: int
     feedforward_dim: int
     post_norm: bool
-    windows: tuple[int | None, ...]
-    dilations: tuple[int, ...]
+    patterns: tuple[Pattern, ...]
     num_global: int
     attention_engine: str
     num_experts: int
@@ -51,8 +50,10 @@ class DenoiserConfig:
             num_heads=model.num_heads,
             feedforward_dim=experts.feedforward_dim if experts.num_experts else model.feedforward_dim,
             post_norm=model.norm == "post",
-            windows=tuple(attention.window if sparse else None for _ in layers),
-            dilations=tuple(attention.dilation[i % len(attention.dilation)] if sparse else 1 for i in layers),
+            patterns=tuple(
+                Pattern(attention.window, (attention.dilation[i % len(attention.dilation)],)) if sparse else Pattern(None)
+                for i in layers
+            ),
             num_global=attention.num_global if sparse else 0,
             attention_engine=attention.engine,
             num_experts=experts.num_experts,
@@ -61,7 +62,8 @@ class DenoiserConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DenoiserConfig:
-        return cls(**values | {key: tuple(values[key]) for key in ("windows", "dilations")})
+        patterns = tuple(Pattern(layer["window"], tuple(layer["dilations"])) for layer in values["patterns"])
+        return cls(**values | {"patterns": patterns})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,13 +88,13 @@ class Denoiser(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 d,
-                SelfAttention(d, config.num_heads, Pattern(window, dilation), config.attention_engine),
+                SelfAttention(d, config.num_heads, pattern, config.attention_engine),
                 RoutedExperts(d, config.feedforward_dim, config.num_experts, config.top_k)
                 if config.num_experts
                 else DenseFeedForward(d, config.feedforward_dim),
                 post_norm=config.post_norm,
             )
-            for window, dilation in zip(config.windows, config.dilations, strict=True)
+            for pattern in config.patterns
         )
         self.norm = nn.RMSNorm(d, eps=1e-5)
         self.output = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, config.embedding_dim))
@@ -113,18 +115,14 @@ class Denoiser(nn.Module):
         config = self.config
         dtype = self.head.weight.dtype
         x_bld = self.input(z_blz.to(dtype)) + self.time(time_bl)
-        layout = Layout.of(documents, config.num_global)
-        g = layout.num_global
-        x_bsd = x_bld
-        if self.globals is not None:
-            global_gd = self.globals(torch.arange(g, device=x_bld.device) % config.num_global)
-            x_bsd = torch.cat([global_gd.expand(len(x_bld), -1, -1), x_bld], dim=1)
-
-        position_bs = nn.functional.pad(documents.position_bl, (g, 0))
-        angles = rotary_angles(position_bs, config.hidden_dim // config.num_heads)
+        layout = documents.layout(config.num_global)
+        # Called, not read: under ZeRO-3 a weight is whole only inside its module's forward pass.
+        global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))
+        x_bsd = layout.to_slots(x_bld, global_gd)
+        angles = rotary_angles(layout.position_bs, config.hidden_dim // config.num_heads)
         for block in self.blocks:
             x_bsd = block(x_bsd, angles, layout)
-        return self.output(self.norm(x_bsd[:, g:])).float()
+        return self.output(self.norm(layout.to_tokens(x_bsd))).float()
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -39,14 +39,18 @@ class BandedPlan:
 
 
 def attend_banded(q_bshe: Tensor, k_bshe: Tensor, v_bshe: Tensor, pattern: Pattern, layout: Layout) -> Tensor:
-    """See `mdseq.sparse.attend`."""
+    outs = [_attend_group(q_bshe[:, :, h], k_bshe[:, :, h], v_bshe[:, :, h], pattern, d, layout) for h, d in pattern.groups(q_bshe.shape[2])]
+    return torch.cat(outs, dim=2)
+
+
+def _attend_group(q_bshe: Tensor, k_bshe: Tensor, v_bshe: Tensor, pattern: Pattern, dilation: int, layout: Layout) -> Tensor:
     if pattern.window is None:
         mask_bss = layout.plan("full", lambda: _see_documents(layout.document_bs, layout.document_bs))
         return _mask_padding(_attend_masked(q_bshe, k_bshe, v_bshe, mask_bss), layout)
 
-    plan = layout.plan(("banded", pattern), lambda: build_plan(pattern, layout))
+    plan = layout.plan(("banded", pattern.window, dilation), lambda: build_plan(pattern, dilation, layout))
     g = layout.num_global
-    q_x, k_x, v_x = (_to_blocks(x_bshe[:, g:], pattern.dilation, plan.block) for x_bshe in (q_bshe, k_bshe, v_bshe))
+    q_x, k_x, v_x = (_to_blocks(x_bshe[:, g:], dilation, plan.block) for x_bshe in (q_bshe, k_bshe, v_bshe))
     k_x, v_x = _with_neighbours(k_x), _with_neighbours(v_x)
     if g:
         k_x = torch.cat([_repeat_globals(k_bshe[:, :g], k_x), k_x], dim=4)
@@ -61,10 +65,10 @@ def attend_banded(q_bshe: Tensor, k_bshe: Tensor, v_bshe: Tensor, pattern: Patte
     return _mask_padding(out_blhe, layout)
 
 
-def build_plan(pattern: Pattern, layout: Layout) -> BandedPlan:
+def build_plan(pattern: Pattern, dilation: int, layout: Layout) -> BandedPlan:
     """Cut the layout's tokens into blocks and draw the mask of each."""
     assert pattern.window is not None
-    g, r = layout.num_global, pattern.dilation
+    g, r = layout.num_global, dilation
     global_bg, document_bl = layout.document_bs[:, :g], layout.document_bs[:, g:]
     block = max(pattern.window, MIN_BLOCK)
     blocks_brnhce = _to_blocks(document_bl[:, :, None, None], r, block, fill=NO_DOCUMENT)

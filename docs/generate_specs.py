@@ -115,7 +115,10 @@ def _allowed(schema: dict[str, Any]) -> str:
     if schema["type"] == "array":
         if "prefixItems" in schema:
             return f"{len(schema['prefixItems'])} times {_allowed(schema['prefixItems'][0])}"
-        return f"{schema.get('minItems', 0)} or more times {_allowed(schema['items'])}"
+        items = _allowed(schema["items"])
+        if choices := schema["items"].get("anyOf"):
+            items = f"({'; or '.join(map(_allowed, choices))})"
+        return f"{schema.get('minItems', 0)} or more times {items}"
     if schema["type"] == "object":
         return f"table of {_allowed(schema['additionalProperties'])}"
     if schema["type"] == "string":

@@ -1,4 +1,4 @@
-"""`mdseq generate RUN` and `mdseq report RUN`: what one does with a run once it has trained.
+"""`mdseq generate RUN`, `mdseq report RUN`, `mdseq inspect attention SPEC`: what one does besides training.
 
 Exit status: 0 done, 2 a mistake of the user (one message, no traceback), 130 interrupted.
 """
@@ -51,6 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="summary of a run and a PNG of its curves")
     command.set_defaults(command=_report)
     command.add_argument("run", type=Path, metavar="RUN")
+
+    command = commands.add_parser("inspect", help="what a spec means, before it is run")
+    subjects = command.add_subparsers(required=True, metavar="SUBJECT")
+    command = subjects.add_parser("attention", help="masks, receptive field and cost of each layer; a table and a PNG")
+    command.set_defaults(command=_inspect_attention)
+    command.add_argument("spec", type=Path, metavar="SPEC", help="a TOML file, the name of a preset, or a run folder")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
+    row = command.add_mutually_exclusive_group()
+    row.add_argument("--length", type=_at_least(1), metavar="N", help="tokens of the row; default data.row_length")
+    row.add_argument("--documents", type=_lengths, metavar="N,N,...", help="tokens of each of several documents in it")
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="PNG",
+        help="default: attention.png in the run folder, or SPEC-attention.png here",
+    )
     return parser
 
 
@@ -62,6 +78,10 @@ def _at_least(least: int) -> Any:
         return value
 
     return integer
+
+
+def _lengths(text: str) -> list[int]:
+    return [_at_least(1)(part) for part in text.split(",")]
 
 
 def _generate(options: argparse.Namespace) -> None:
@@ -180,3 +200,39 @@ def _report(options: argparse.Namespace) -> None:
         table.add_row("busiest expert", f"{busiest:.2f} times an even share")
     table.add_row("curves", str(png))
     Console().print(table)
+
+
+def _inspect_attention(options: argparse.Namespace) -> None:
+    from mdseq.spec import load_spec
+
+    run_spec = options.spec / "spec.toml"
+    spec = load_spec(run_spec if run_spec.is_file() else options.spec, options.overrides).spec
+    output = options.output
+    if output is None:
+        output = options.spec / "attention.png" if run_spec.is_file() else Path(f"{options.spec.stem}-attention.png")
+    elif output.exists():
+        raise UserError(f"--output {output} exists and is never overwritten; remove it, or choose another")
+
+    from rich.console import Console
+
+    from mdseq.model.denoiser import DenoiserConfig
+    from mdseq.model.source import mark_source
+    from mdseq.report.attention import AttentionRow, attention_table, packed
+    from mdseq.report.attention_plot import plot_attention
+
+    config = DenoiserConfig.of(spec, vocab_size=1)
+    documents = packed(options.documents or [options.length or spec.data.row_length])
+    row = AttentionRow(
+        title=options.spec.resolve().name if run_spec.is_file() else options.spec.stem,
+        patterns=config.patterns,
+        documents=mark_source(documents, ~documents.real_bl, config.num_source_global),
+        num_global=config.num_global,
+        num_heads=config.num_heads,
+        head_dim=config.hidden_dim // config.num_heads,
+    )
+    try:
+        plot_attention(row, output)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}; choose another --output") from None
+    Console(width=None if Console().is_terminal else 110).print(attention_table(row))
+    print(f"masks and receptive field: {output}")

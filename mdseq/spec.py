@@ -9,11 +9,12 @@ Importing this module needs neither torch nor DeepSpeed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mdseq.errors import UserError
 from mdseq.settings import Resolved, Section, read_toml, resolve
@@ -44,20 +45,63 @@ class ModelSpec(Section):
         return self
 
 
+def _explain_dilation(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One sentence in place of pydantic's complaint about each of the two forms."""
+    try:
+        return validate(value)
+    except ValidationError:
+        allowed = "should be an integer of at least 1, or a list of them, such as [1, 4]: one per equal group of heads"
+        raise PydanticCustomError("dilation", allowed) from None
+
+
+Dilation = Annotated[Positive | Annotated[tuple[Positive, ...], Field(min_length=1)], WrapValidator(_explain_dilation)]
+
+
 class AttentionSpec(Section):
-    """Which positions a token may attend to, within its document."""
+    """Which positions a token may attend to, within its document.
+
+    The gap between the keys of a window is scheduled over the layers: `dilation = [1, 1, 2, 4]` gives it layer by
+    layer, and an entry that is itself a list gives one to each of as many equal groups of heads: `[1, [1, 4]]`.
+    """
 
     kind: Literal["sparse", "full"] = Field("sparse", description="sliding window and global tokens, or everything")
     window: Positive = Field(256, description="keys per side (sparse only)")
-    dilation: tuple[Positive, ...] = Field(
-        (1,), min_length=1, description="gap between the keys of a window; layer i takes entry i modulo the length"
+    dilation: tuple[Dilation, ...] = Field(
+        (1,), min_length=1, description="gap between the keys of a window; a list in it: of each group of heads"
+    )
+    dilation_schedule: Literal["repeat", "interpolate"] = Field(
+        "repeat",
+        description="layer i takes entry i modulo the length, or the entries are spread over the layers, first to last",
+    )
+    full_every: Annotated[int, Field(ge=0)] = Field(
+        0, description="every n-th layer attends to the whole document; 0 for none (sparse only)"
     )
     num_global: Annotated[int, Field(ge=0)] = Field(
-        8, description="learned tokens per document that see, and are seen by, the whole document"
+        8, description="learned tokens per document that see, and are seen by, the whole document (sparse only)"
     )
-    engine: Literal["auto", "banded", "reference"] = Field(
-        "auto", description="implementation; reference is the dense definition, for checking"
+    num_source_global: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="leading source tokens of each document that are global too, such as a question or the text to "
+        "rewrite (sparse only)",
     )
+    engine: Literal["auto", "reference", "banded", "flash", "flex"] = Field(
+        "auto", description="implementation; reference is the dense definition, for checking; flash and flex need CUDA"
+    )
+
+    @property
+    def head_groups(self) -> tuple[int, ...]:
+        """How many groups of heads each entry of `dilation` makes."""
+        return tuple(1 if isinstance(entry, int) else len(entry) for entry in self.dilation)
+
+    @model_validator(mode="after")
+    def _groups_interpolate(self) -> Self:
+        if self.kind == "sparse" and self.dilation_schedule == "interpolate" and len(set(self.head_groups)) > 1:
+            raise ValueError(
+                f"attention.dilation = {_brackets(self.dilation)} has entries of {_words(self.head_groups)} groups of "
+                "heads, between which attention.dilation_schedule = interpolate cannot go; give all entries as many, "
+                "such as [[1, 1], [1, 4]], or set dilation_schedule = repeat"
+            )
+        return self
 
 
 class ExpertsSpec(Section):
@@ -183,13 +227,43 @@ class RunSpec(Section):
     report: ReportSpec = ReportSpec()
 
     @model_validator(mode="after")
-    def _sample_steps_exist(self) -> Self:
+    def _sections_agree(self) -> Self:
+        problems = [*self._samples_of_too_many_steps(), *self._heads_that_do_not_divide()]
+        if problems:
+            raise ValidationError.from_exception_data(
+                "RunSpec",
+                [InitErrorDetails(type="value_error", input=None, ctx={"error": ValueError(it)}) for it in problems],
+            )
+        return self
+
+    def _samples_of_too_many_steps(self) -> Iterator[str]:
         if self.report.sample_interval_steps and self.report.sample_solver_steps > self.diffusion.num_timesteps:
-            raise ValueError(
+            yield (
                 f"report.sample_solver_steps = {self.report.sample_solver_steps} must be at most "
                 f"diffusion.num_timesteps = {self.diffusion.num_timesteps}; lower it, or set sample_interval_steps = 0"
             )
-        return self
+
+    def _heads_that_do_not_divide(self) -> Iterator[str]:
+        num_heads, groups = self.model.num_heads, self.attention.head_groups
+        wrong = sorted({count for count in groups if num_heads % count})
+        if self.attention.kind == "sparse" and wrong:
+            allowed = [count for count in range(1, num_heads + 1) if num_heads % count == 0]
+            yield (
+                f"attention.dilation = {_brackets(self.attention.dilation)} makes {_words(wrong)} groups of heads, "
+                f"into which model.num_heads = {num_heads} does not divide; give entries of {_words(allowed)} "
+                "dilations, or change num_heads"
+            )
+
+
+def _brackets(value: Any) -> str:
+    """Nested tuples as TOML writes them."""
+    return f"[{', '.join(map(_brackets, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _words(numbers: Iterable[int]) -> str:
+    """`1, 2 or 4`"""
+    *others, last = map(str, sorted(set(numbers)))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def load_spec(path: Path | None, overrides: Iterable[str] = ()) -> Resolved[RunSpec]:

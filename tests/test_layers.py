@@ -20,7 +20,7 @@ FLOORS = {
     "mdseq.spec": 1,
     "mdseq.noise": 1,
     "mdseq.sparse": 1,
-    "mdseq.report": 1,
+    "mdseq.report": 2,
     "mdseq.data": 2,
     "mdseq.model": 2,
     "mdseq.diffusion": 3,

@@ -72,6 +72,7 @@ def test_every_value_says_where_it_came_from(tmp_path: Path) -> None:
         ("schedule.steps=100", "schedule", "steps", 100),
         ("optimiser.learning_rate=3e-4", "optimiser", "learning_rate", 3e-4),
         ("attention.dilation=[1, 2, 4]", "attention", "dilation", (1, 2, 4)),
+        ("attention.dilation=[1,[1,4]]", "attention", "dilation", (1, (1, 4))),
         ("optimiser.betas=[0.8, 0.95]", "optimiser", "betas", (0.8, 0.95)),
         ("diffusion.absorbing=false", "diffusion", "absorbing", False),
         ("model.norm='post'", "model", "norm", "post"),
@@ -154,7 +155,10 @@ def test_non_finite_numbers_are_refused(key: str, number: str) -> None:
     "override",
     [
         "seed=-1", "seed=4294967296", "seed=1.5", "model=3", "model.num_layers=0", "data.row_length=7",
-        "attention.dilation=[]", "attention.dilation=[1, 0]", "attention.dilation=2", "experts.num_experts=-1",
+        "attention.dilation=[]", "attention.dilation=[1, 0]", "attention.dilation=2", "attention.dilation=[[1, 0]]",
+        "attention.dilation=[[]]", "attention.dilation=[1, [[2]]]", "attention.dilation=['a']",
+        "attention.dilation_schedule=random", "attention.full_every=-1", "attention.num_source_global=-1",
+        "attention.engine=fast", "experts.num_experts=-1",
         "diffusion.absorbing=perhaps", "diffusion.num_timesteps=1", "optimiser.betas=[0.9]",
         "optimiser.betas=[0.9, 1.0]", "optimiser.learning_rate=0", "optimiser.precision=fp16",
         "schedule.final_fraction=-0.1", "data.path=3",
@@ -175,6 +179,15 @@ def test_values_outside_what_is_allowed_are_refused(override: str) -> None:
         (["model.hidden_dim=12"], "heads of even size"),
         (["experts.top_k=9"], "experts.top_k = 9 must be at most experts.num_experts = 8; lower top_k"),
         (["data.micro_batch_size=3"], "data.batch_size = 16 must be a multiple of data.micro_batch_size = 3"),
+        (
+            ["attention.dilation=[1, [1, 2, 4, 8, 16], [1, 2]]"],
+            r"attention.dilation = \[1, \[1, 2, 4, 8, 16\], \[1, 2\]\] makes 5 groups of heads, into which "
+            "model.num_heads = 12 does not divide; give entries of 1, 2, 3, 4, 6 or 12 dilations",
+        ),
+        (
+            ["attention.dilation=[1, [1, 2]]", "attention.dilation_schedule=interpolate"],
+            r"attention.dilation = \[1, \[1, 2\]\] has entries of 1 or 2 groups of heads.*dilation_schedule",
+        ),
         (["diffusion.num_timesteps=10"], "report.sample_solver_steps = 20 must be at most .* = 10"),
     ],
 )
@@ -189,8 +202,21 @@ def test_contradictions_of_several_sections_come_together() -> None:
     assert len(problems) == 3
 
 
+def test_contradictions_between_sections_come_together() -> None:
+    heading, *problems = complaint(None, "diffusion.num_timesteps=10", "attention.dilation=[[1, 1, 1, 1, 1]]")
+    assert heading == "2 problems in the run spec:"
+    assert [problem.split()[0] for problem in problems] == ["report.sample_solver_steps", "attention.dilation"]
+
+
+def test_what_may_stand_in_dilation_is_said_in_one_sentence() -> None:
+    _, problem = complaint(None, "attention.dilation=[1, [0, 2]]")
+    assert problem.startswith("  attention.dilation.1 = [0, 2] (from command line) should be an integer of at least 1")
+
+
 def test_what_is_switched_off_contradicts_nothing() -> None:
     assert load_spec(None, ["experts.num_experts=0", "experts.top_k=2"]).spec.experts.num_experts == 0
+    full = ["attention.kind=full", "attention.dilation=[1, [1, 1, 1, 1, 1]]", "attention.dilation_schedule=interpolate"]
+    assert load_spec(None, full).spec.attention.kind == "full"
     quick = load_spec(None, ["diffusion.num_timesteps=10", "report.sample_interval_steps=0"]).spec
     assert quick.report.sample_solver_steps > quick.diffusion.num_timesteps
 
@@ -200,7 +226,9 @@ overrides_that_fit = st.fixed_dictionaries(
     {},
     optional={
         "seed": st.integers(0, 2**32 - 1).map(str),
-        "attention.dilation": st.lists(st.integers(1, 9), min_size=1, max_size=4).map(str),
+        "attention.dilation": st.lists(
+            st.integers(1, 9) | st.lists(st.integers(1, 9), min_size=2, max_size=2), min_size=1, max_size=4
+        ).map(str),
         "optimiser.learning_rate": st.floats(1e-12, 10).map(repr),
         "diffusion.gamma": st.floats(0, 1).map(repr),
         "diffusion.absorbing": st.sampled_from(["true", "false"]),

@@ -17,6 +17,7 @@ from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.experts import captured_router_logits
+from mdseq.model.source import mark_source
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.spec import RunSpec
 
@@ -53,7 +54,8 @@ class DiffusionObjective(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """The micro-batch's share of the loss: its mean over all micro-batches of all ranks is the global loss."""
-        diffusion, documents = self.spec.diffusion, batch.documents
+        diffusion = self.spec.diffusion
+        documents = mark_source(batch.documents, batch.target_bl, self.config.num_source_global)
         published = diffusion.objective == "published"
         noised_bl = batch.target_bl | ~documents.real_bl if published else batch.target_bl
         length, dim = batch.tokens_bl.shape[1], self.config.embedding_dim
@@ -107,7 +109,7 @@ class DiffusionObjective(nn.Module):
         # 7. Regularise the absorbing state and the routers.
         loss = loss + diffusion.absorbing_weight * m_z.norm()
         if self.balance is not None:
-            layout = documents.layout(self.config.num_global)
+            layout = self.denoiser.layout(documents)
             slots = batch.totals.tokens + self.config.num_global * batch.totals.documents
             balance, router_z = self.balance.losses(router_logits, layout.real_bs.flatten())
             parts["balance"] = balance * batch.totals.micro_batches / slots

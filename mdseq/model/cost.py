@@ -1,10 +1,14 @@
-"""What a model costs, by arithmetic: parameters and memory, before anything is built."""
+"""What a model costs, by arithmetic: parameters, attention and memory, before anything is built."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from mdseq.model.denoiser import DenoiserConfig
+from mdseq.sparse import Documents, Pattern
+from mdseq.sparse.count import forward_flops, visible_pairs
 from mdseq.spec import RunSpec
 
 
@@ -40,6 +44,28 @@ def count_parameters(config: DenoiserConfig, absorbing: bool) -> ParameterCount:
         return ParameterCount(shared + swiglu, 0, shared + swiglu)
     shared += config.num_layers * d * config.num_experts  # routers
     return ParameterCount(shared, swiglu * config.num_experts, shared + swiglu * config.top_k)
+
+
+@dataclass(frozen=True)
+class AttentionCost:
+    """Attention over one row, forward, all layers, without the projections.
+
+    Attributes:
+        flops: Exact.
+        of_dense: Share of what the same layers would cost without windows.
+    """
+
+    flops: int
+    of_dense: float
+
+
+def attention_cost(config: DenoiserConfig, row_length: int) -> AttentionCost:
+    """Of a row that one document fills; shorter documents cost less."""
+    layout = Documents.whole(torch.tensor([row_length]), row_length).layout(config.num_global)
+    heads, head_dim = config.num_heads, config.hidden_dim // config.num_heads
+    pairs = sum(int(visible_pairs(pattern, layout, heads)) for pattern in config.patterns)
+    dense = config.num_layers * int(visible_pairs(Pattern(None), layout, heads))
+    return AttentionCost(forward_flops(pairs, head_dim), pairs / dense)
 
 
 def memory_per_rank(

@@ -1,7 +1,7 @@
 """The denoiser f: from noisy embeddings and their noise level to clean embeddings (x0-prediction).
 
-Shapes: b batch, l tokens in a row, v vocabulary, z embedding dimension, d hidden dimension, g global slots in a row,
-s = g + l slots.
+Shapes: b batch, l tokens in a row, v vocabulary, z embedding dimension, d hidden dimension, g learned global slots of a
+document, s slots of a row: global, then tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from mdseq.model.attention import SelfAttention
 from mdseq.model.block import Block
 from mdseq.model.embedding import TimeEmbedding, rotary_angles
 from mdseq.model.experts import DenseFeedForward, Experts, RoutedExperts
-from mdseq.sparse import Documents, Pattern
+from mdseq.sparse import Documents, Layout, Pattern
+from mdseq.sparse.schedule import layer_patterns
 from mdseq.spec import RunSpec
 
 
@@ -33,6 +34,7 @@ class DenoiserConfig:
     post_norm: bool
     patterns: tuple[Pattern, ...]
     num_global: int
+    num_source_global: int
     attention_engine: str
     num_experts: int
     top_k: int
@@ -41,7 +43,10 @@ class DenoiserConfig:
     def of(cls, spec: RunSpec, vocab_size: int) -> DenoiserConfig:
         model, attention, experts = spec.model, spec.attention, spec.experts
         sparse = attention.kind == "sparse"
-        layers = range(model.num_layers)
+        patterns = (Pattern(None),) * model.num_layers
+        if sparse:
+            schedule, full_every = attention.dilation_schedule, attention.full_every
+            patterns = layer_patterns(model.num_layers, attention.window, attention.dilation, schedule, full_every)
         return cls(
             vocab_size=vocab_size,
             embedding_dim=model.embedding_dim,
@@ -50,11 +55,9 @@ class DenoiserConfig:
             num_heads=model.num_heads,
             feedforward_dim=experts.feedforward_dim if experts.num_experts else model.feedforward_dim,
             post_norm=model.norm == "post",
-            patterns=tuple(
-                Pattern(attention.window, (attention.dilation[i % len(attention.dilation)],)) if sparse else Pattern(None)
-                for i in layers
-            ),
+            patterns=patterns,
             num_global=attention.num_global if sparse else 0,
+            num_source_global=attention.num_source_global if sparse else 0,
             attention_engine=attention.engine,
             num_experts=experts.num_experts,
             top_k=experts.top_k,
@@ -73,7 +76,8 @@ class Denoiser(nn.Module):
     """Embeds tokens, denoises embeddings, and scores embeddings against the vocabulary.
 
     Every document of a row has `num_global` learned global slots of its own, which go through the layers beside the
-    tokens and are dropped at the end.
+    tokens and are dropped at the end. Its first `num_source_global` tokens, where they are source, are global too: to
+    that end, the caller marks them (see `mark_source`).
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -107,7 +111,7 @@ class Denoiser(nn.Module):
         Args:
             z_blz: Noisy embeddings of target positions, clean ones of source positions.
             time_bl: Noise level in [0, 1000]; 0 where the embedding is clean.
-            documents: What each row holds.
+            documents: What each row holds, source tokens marked.
 
         Returns:
             [b, l, z] in fp32.
@@ -115,7 +119,7 @@ class Denoiser(nn.Module):
         config = self.config
         dtype = self.head.weight.dtype
         x_bld = self.input(z_blz.to(dtype)) + self.time(time_bl)
-        layout = documents.layout(config.num_global)
+        layout = self.layout(documents)
         # Called, not read: under ZeRO-3 a weight is whole only inside its module's forward pass.
         global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))
         x_bsd = layout.to_slots(x_bld, global_gd)
@@ -123,6 +127,10 @@ class Denoiser(nn.Module):
         for block in self.blocks:
             x_bsd = block(x_bsd, angles, layout)
         return self.output(self.norm(layout.to_tokens(x_bsd))).float()
+
+    def layout(self, documents: Documents) -> Layout:
+        """The slots that the layers see."""
+        return documents.layout(self.config.num_global)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -1,132 +1,92 @@
 """Attention in time and memory linear in the row's length, exact, on any device.
 
 A dilated window is a dense window over every d-th token, so tokens are first regrouped by their residue modulo the
-dilation. Then each block of queries meets its own block of keys, the blocks on either side, and the global keys of the
-row. Global queries, which are few, meet every slot.
+dilation; blocks of queries then meet the stretch of keys that their windows span, and the global keys of their
+documents (`band.py`). Global queries, which are few, meet all of their document; so do all queries of a layer without a
+window (`spans.py`).
 
-Shapes: b batch, s slots, g global slots, l tokens, h heads, e head dimension, r residues (= dilation), n blocks,
-c block length, k keys that a block of queries meets.
+On a GPU the plan is made with the host's help: there, this engine is for checking, not for speed.
+
+Shapes: b batch, s slots, h heads, e head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from mdseq.sparse.documents import NO_DOCUMENT, Layout
+from mdseq.sparse.band import Band, add_band_gradients, attend_band
+from mdseq.sparse.documents import Layout
 from mdseq.sparse.pattern import Pattern
+from mdseq.sparse.spans import Spans, add_span_gradients, attend_spans
+from mdseq.sparse.tiles import Heads, head_groups
 
-MIN_BLOCK = 32
-
-
-@dataclass(frozen=True)
-class BandedPlan:
-    """How tokens fall into blocks, and who sees whom; the same for all layers of one pattern.
-
-    Attributes:
-        block: Tokens of a block (c); at least the window, so that the neighbouring blocks hold all of it.
-        mask_xck: Visible keys of each query, x = b * r * n blocks. A slot without a document sees itself, which
-            keeps softmax finite; its output is set to zero afterwards.
-        global_mask_bgs: Slots that each global query sees.
-    """
-
-    block: int
-    mask_xck: Tensor
-    global_mask_bgs: Tensor
+# Values of a buffer: few enough for the third level of a processor's cache to hold a handful.
+BUFFER_VALUES = 2**19
 
 
 def attend_banded(q_bshe: Tensor, k_bshe: Tensor, v_bshe: Tensor, pattern: Pattern, layout: Layout) -> Tensor:
-    outs = [_attend_group(q_bshe[:, :, h], k_bshe[:, :, h], v_bshe[:, :, h], pattern, d, layout) for h, d in pattern.groups(q_bshe.shape[2])]
-    return torch.cat(outs, dim=2)
+    """See `mdseq.sparse.attend`."""
+    return _Banded.apply(q_bshe, k_bshe, v_bshe, pattern, layout)
 
 
-def _attend_group(q_bshe: Tensor, k_bshe: Tensor, v_bshe: Tensor, pattern: Pattern, dilation: int, layout: Layout) -> Tensor:
-    if pattern.window is None:
-        mask_bss = layout.plan("full", lambda: _see_documents(layout.document_bs, layout.document_bs))
-        return _mask_padding(_attend_masked(q_bshe, k_bshe, v_bshe, mask_bss), layout)
+class _Banded(torch.autograd.Function):
+    """Scores are never kept: the backward pass computes them again, tile by tile."""
 
-    plan = layout.plan(("banded", pattern.window, dilation), lambda: build_plan(pattern, dilation, layout))
-    g = layout.num_global
-    q_x, k_x, v_x = (_to_blocks(x_bshe[:, g:], dilation, plan.block) for x_bshe in (q_bshe, k_bshe, v_bshe))
-    k_x, v_x = _with_neighbours(k_x), _with_neighbours(v_x)
-    if g:
-        k_x = torch.cat([_repeat_globals(k_bshe[:, :g], k_x), k_x], dim=4)
-        v_x = torch.cat([_repeat_globals(v_bshe[:, :g], v_x), v_x], dim=4)
-    out_x = F.scaled_dot_product_attention(
-        q_x.flatten(0, 2), k_x.flatten(0, 2), v_x.flatten(0, 2), attn_mask=plan.mask_xck[:, None]
-    )
-    out_blhe = _from_blocks(out_x.view(q_x.shape), q_bshe.shape[1] - g)
-    if g:
-        out_bghe = _attend_masked(q_bshe[:, :g], k_bshe, v_bshe, plan.global_mask_bgs)
-        out_blhe = torch.cat([out_bghe, out_blhe], dim=1)
-    return _mask_padding(out_blhe, layout)
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, layout: Layout) -> Tensor:
+        dtype = _precision(q)
+        heads = Heads(*(x.to(dtype) for x in (q, k, v)))
+        out_bshe = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        for band, row, some in _bands(pattern, layout, q.shape):
+            attend_band(band, row, heads.at(row, some), out_bshe[row, :, some])
+        attend_spans(_spans(pattern, layout), heads, out_bshe)
+        out_bshe = _clear_empty(out_bshe, layout).to(q.dtype)
+        ctx.save_for_backward(q, k, v, out_bshe)
+        ctx.pattern, ctx.layout = pattern, layout
+        return out_bshe
 
-
-def build_plan(pattern: Pattern, dilation: int, layout: Layout) -> BandedPlan:
-    """Cut the layout's tokens into blocks and draw the mask of each."""
-    assert pattern.window is not None
-    g, r = layout.num_global, dilation
-    global_bg, document_bl = layout.document_bs[:, :g], layout.document_bs[:, g:]
-    block = max(pattern.window, MIN_BLOCK)
-    blocks_brnhce = _to_blocks(document_bl[:, :, None, None], r, block, fill=NO_DOCUMENT)
-    key_blocks_brnhke = _with_neighbours(blocks_brnhce, fill=NO_DOCUMENT)
-    document_brnc, key_document_brnk = blocks_brnhce[:, :, :, 0, :, 0], key_blocks_brnhke[:, :, :, 0, :, 0]
-
-    query_c = torch.arange(block, device=document_bl.device) + block
-    key_k = torch.arange(3 * block, device=document_bl.device)
-    distance_ck = (query_c[:, None] - key_k[None, :]).abs()
-    mask_brnck = _see_documents(document_brnc, key_document_brnk, is_self=distance_ck == 0)
-    mask_brnck = mask_brnck & (distance_ck <= pattern.window)
-    if g:
-        owner_brng = global_bg[:, None, None, :].expand(*document_brnc.shape[:3], g)
-        nothing_cg = torch.zeros(block, g, dtype=torch.bool, device=document_bl.device)
-        mask_brncg = _see_documents(document_brnc, owner_brng, is_self=nothing_cg)
-        mask_brnck = torch.cat([mask_brncg, mask_brnck], dim=-1)
-    global_mask_bgs = _see_documents(layout.document_bs, layout.document_bs)[:, :g]
-    return BandedPlan(block, mask_brnck.flatten(0, 2), global_mask_bgs)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        pattern, layout, dtype = ctx.pattern, ctx.layout, _precision(q)
+        heads = Heads(*(x.to(dtype) for x in (q, k, v)))
+        totals = Heads(*(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)))
+        out_bshe, grad_bshe = out.to(dtype), _clear_empty(grad.to(dtype, copy=True), layout)
+        for band, row, some in _bands(pattern, layout, q.shape):
+            out_she, grad_she = out_bshe[row, :, some], grad_bshe[row, :, some]
+            add_band_gradients(band, row, heads.at(row, some), out_she, grad_she, totals.at(row, some))
+        add_span_gradients(_spans(pattern, layout), heads, out_bshe, grad_bshe, totals)
+        return totals.q.to(q.dtype), totals.k.to(k.dtype), totals.v.to(v.dtype), None, None
 
 
-def _see_documents(query_document: Tensor, key_document: Tensor, is_self: Tensor | None = None) -> Tensor:
-    """Keys of the query's own document, [..., q, k]; where there is no document, the slot itself."""
-    if is_self is None:
-        is_self = torch.eye(query_document.shape[-1], dtype=torch.bool, device=query_document.device)
-    same = query_document[..., :, None] == key_document[..., None, :]
-    real = (query_document != NO_DOCUMENT)[..., :, None]
-    return torch.where(real, same, is_self)
+def _bands(pattern: Pattern, layout: Layout, shape: torch.Size) -> Iterator[tuple[Band, int, slice]]:
+    """What is done at a time: some heads of one dilation in one row; with their plan, which layers share."""
+    window, (num_rows, num_slots, num_heads, head_dim) = pattern.window, shape
+    if window is None:
+        return
+    for group, dilation in pattern.groups(num_heads):
+        band = layout.plan(("band", window, dilation), partial(Band.of, layout, window, dilation))
+        for row in range(num_rows):
+            for some in head_groups(group.stop - group.start, num_slots * head_dim, BUFFER_VALUES):
+                yield band, row, slice(group.start + some.start, group.start + some.stop)
 
 
-def _attend_masked(q_bqhe: Tensor, k_bkhe: Tensor, v_bkhe: Tensor, mask_bqk: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_bqhe, k_bkhe, v_bkhe))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_bqk[:, None]).transpose(1, 2)
+def _spans(pattern: Pattern, layout: Layout) -> Spans:
+    every_query = pattern.window is None
+    return layout.plan(("spans", every_query), partial(Spans.of, layout, every_query))
 
 
-def _mask_padding(out_bshe: Tensor, layout: Layout) -> Tensor:
-    return out_bshe.masked_fill(~layout.real_bs[:, :, None, None], 0.0)
+def _clear_empty(x_bshe: Tensor, layout: Layout) -> Tensor:
+    return x_bshe.masked_fill_(~layout.real_bs[:, :, None, None], 0.0)
 
 
-def _to_blocks(x_blhe: Tensor, dilation: int, block: int, fill: int = 0) -> Tensor:
-    """[b, l, h, e] -> [b, r, n, h, c, e], filled up at the end."""
-    b, length, h, e = x_blhe.shape
-    x = F.pad(x_blhe, (0, 0, 0, 0, 0, -length % (dilation * block)), value=fill)
-    return x.reshape(b, -1, block, dilation, h, e).permute(0, 3, 1, 4, 2, 5)
-
-
-def _from_blocks(x_brnhce: Tensor, length: int) -> Tensor:
-    """The inverse of `_to_blocks`."""
-    b, _, _, h, _, e = x_brnhce.shape
-    return x_brnhce.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, h, e)[:, :length]
-
-
-def _with_neighbours(x_brnhce: Tensor, fill: int = 0) -> Tensor:
-    """Each block with the ones before and after it: [b, r, n, h, 3c, e]; `fill` beyond the ends."""
-    x = F.pad(x_brnhce, (0, 0, 0, 0, 0, 0, 1, 1), value=fill)
-    return torch.cat([x[:, :, :-2], x[:, :, 1:-1], x[:, :, 2:]], dim=4)
-
-
-def _repeat_globals(x_bghe: Tensor, like_brnhke: Tensor) -> Tensor:
-    """The row's global keys for each of its blocks: [b, r, n, h, g, e]."""
-    b, r, n, h, _, e = like_brnhke.shape
-    return x_bghe.transpose(1, 2)[:, None, None].expand(b, r, n, h, x_bghe.shape[1], e)
+def _precision(q: Tensor) -> torch.dtype:
+    """Half precision is computed in fp32: processors have no fast products for it, and the result is better."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

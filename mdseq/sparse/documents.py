@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Plan = TypeVar("Plan")
+Count = TypeVar("Count", int, Tensor)
 
 NO_DOCUMENT = -1
 
@@ -98,7 +99,7 @@ class Layout:
         return torch.cat(parts)[self._content_bs]
 
     def to_tokens(self, x_bsd: Tensor) -> Tensor:
-        """Take the tokens out of their slots: [b, l, d]; at padding, anything finite."""
+        """Take the tokens, and what stands for padding, out of their slots: [b, l, d]."""
         return x_bsd.flatten(0, 1)[self._slot_bl]
 
     def plan(self, key: Hashable, build: Callable[[], Plan]) -> Plan:
@@ -131,7 +132,7 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
     # Token slots: of each document, the others, then nothing up to the next multiple of the alignment.
     tokens_bm = _round_up(count(real_bl & ~global_bl), alignment)
     token_start_bm = g + _starts(tokens_bm)
-    t = _round_up(length + (min(m, length) * (alignment - 1)), alignment)
+    t = _round_up(length + min(m, length) * (alignment - 1), alignment)
 
     ordinary_bl = real_bl & ~global_bl
     slot_bl = torch.where(
@@ -139,16 +140,18 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
         (global_start_bm + own_bm).gather(1, owner_bl) + rank(global_bl),
         token_start_bm.gather(1, owner_bl) + rank(ordinary_bl),
     )
+    # Padding keeps slots of its own, after all documents: what a row's padding becomes is no other row's business.
+    padding_bl = g + tokens_bm.sum(1, keepdim=True) + (~real_bl).cumsum(1) - 1
+    slot_bl = torch.where(real_bl, slot_bl, padding_bl)
     nowhere = g + t
-    slot_bl = torch.where(real_bl, slot_bl, nowhere)
     own_slot_bmg = global_start_bm[..., None] + torch.arange(num_global, device=device)
-    own_slot_bm_g = torch.where((own_bm > 0)[..., None], own_slot_bmg, nowhere).flatten(1)
+    own_slot_bn = torch.where((own_bm > 0)[..., None], own_slot_bmg, nowhere).flatten(1)
 
     # Where each slot's content stands in [tokens of all rows, nothing, global vectors].
     token_bl = torch.arange(b * length, device=device).view(b, length)
     own_g = (b * length + 1 + torch.arange(num_global, device=device)).repeat(m)
     document_g = torch.arange(m, device=device).repeat_interleave(num_global)
-    slots = torch.cat([slot_bl, own_slot_bm_g], dim=1)
+    slots = torch.cat([slot_bl, own_slot_bn], dim=1)
 
     def fill(value: int, at_tokens_bl: Tensor, at_own_g: Tensor) -> Tensor:
         content = torch.cat([at_tokens_bl, at_own_g.expand(b, -1)], dim=1)
@@ -163,7 +166,7 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
         num_documents=m,
         alignment=alignment,
         _content_bs=fill(b * length, token_bl, own_g),
-        _slot_bl=torch.where(real_bl, slot_bl + row_b1, 0),
+        _slot_bl=slot_bl + row_b1,
     )
 
 
@@ -171,5 +174,5 @@ def _starts(count_bm: Tensor) -> Tensor:
     return count_bm.cumsum(1) - count_bm
 
 
-def _round_up(value, multiple):  # type: ignore[no-untyped-def]
+def _round_up(value: Count, multiple: int) -> Count:
     return -(-value // multiple) * multiple

@@ -29,7 +29,7 @@ def attend_reference(q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, pattern: Pa
     """softmax(q k^T / sqrt(d)) v over the visible keys; zero where none is visible."""
     groups = pattern.groups(q_bshd.shape[2])
     outputs = [
-        _attend(*(x[:, :, heads] for x in (q_bshd, k_bshd, v_bshd)), visible(pattern, layout, dilation))
+        _attend(q_bshd[:, :, heads], k_bshd[:, :, heads], v_bshd[:, :, heads], visible(pattern, layout, dilation))
         for heads, dilation in groups
     ]
     return torch.cat(outputs, dim=2)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mdseq.data.corpus import Corpus
 from mdseq.engine.config import EngineConfig
-from mdseq.model.cost import count_parameters, memory_per_rank
+from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.settings import Resolved
 from mdseq.spec import RunSpec
@@ -42,6 +42,8 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     size.add_row("vocabulary", f"{vocab_size:,} ({origin})")
     size.add_row("parameters", f"{parameters.total:,}")
     size.add_row("  active per token", f"{parameters.active:,}")
+    attention = attention_cost(config, spec.data.row_length)
+    size.add_row("attention per row, forward", f"{attention.flops / 1e9:,.1f} GFLOP, {attention.of_dense:.1%} of dense")
     size.add_row("ranks", f"{engine.num_ranks}, experts spread over {engine.expert_parallel_size}")
     size.add_row("micro-batches per rank and step", f"{engine.micro_batches}")
     size.add_row("rows", rows)

@@ -169,7 +169,15 @@ def test_predictions_everywhere_count_as_published() -> None:
         assert losses[1] > losses[0] + 100
 
 
-@pytest.mark.parametrize("overrides", [[], ["experts.num_experts=0"], ["diffusion.objective=published"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["experts.num_experts=0"],
+        ["diffusion.objective=published"],
+        ["attention.num_source_global=2", "attention.dilation=[[1,2]]"],
+    ],
+)
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 2], [1, 3]])
 def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(overrides: list[str], sizes: list[int]) -> None:
     """And so are its gradients, its history and its balance, however the rows are spread (design.md 5.1, 5.3)."""
@@ -203,6 +211,22 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(overrides: list[
     ours, theirs = parts.statistics.take(), whole.statistics.take()
     # a micro-batch's sum is scaled by their number, so the reported mean is the global loss
     assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_leading_source_tokens_are_global_and_none_is_counted_twice() -> None:
+    """Of every document, as many as the spec says; what the routers see is as many slots as before."""
+    batch, seen = make_batch(PACKED), []
+    objective = tiny_objective("attention.num_source_global=2")
+    hook = objective.denoiser.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    objective(batch)
+    hook.remove()
+    (documents,) = seen
+    source = ~batch.target_bl & batch.documents.real_bl
+    assert torch.equal(documents.global_bl, source & (batch.position_bl < 2))
+    assert documents.global_bl.any()
+    layout = objective.denoiser.layout(documents)
+    assert layout.real_bs.sum() == batch.totals.tokens + objective.config.num_global * batch.totals.documents
+    assert objective.statistics.take()["balance"] == pytest.approx(1.0)  # a mean over them: shares are even at first
 
 
 def test_the_order_of_rows_does_not_matter() -> None:

@@ -66,6 +66,21 @@ every_solver = pytest.mark.parametrize("solver", SOLVERS)
 ALL = list(range(ROWS))
 
 
+def test_the_source_is_marked_global_as_in_training(denoiser: Denoiser) -> None:
+    """The first tokens of each source, as many as the model was made for; here the sources have 1 to 8 tokens."""
+    marking = Denoiser(replace(denoiser.config, num_source_global=3)).eval()
+    marking.load_state_dict(denoiser.state_dict())
+    seen = []
+    hook = marking.register_forward_pre_hook(lambda _, args: seen.append(args[2]))
+    marked = generate(marking, ALL)
+    hook.remove()
+    for documents in seen:
+        assert documents.global_bl.sum(dim=1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
+        assert documents.global_bl[:, :3].sum() == documents.global_bl.sum()
+    assert len({id(documents) for documents in seen}) == 1  # its layout is made once
+    assert not torch.equal(marked, generate(denoiser, ALL))
+
+
 @every_solver
 @pytest.mark.parametrize("clamp", [False, True])
 def test_only_targets_change_and_only_into_words_or_the_end(denoiser: Denoiser, solver: str, clamp: bool) -> None:

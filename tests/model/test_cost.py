@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mdseq.diffusion.absorbing import AbsorbingState
-from mdseq.model.cost import count_parameters, memory_per_rank
+from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.spec import RunSpec, load_spec, preset_names
 
@@ -43,6 +43,20 @@ def test_parameters_are_those_of_the_modules(preset: str, overrides: list[str]) 
 
 def memory(spec: RunSpec, stage: int, ranks: int, expert_ranks: int = 1, offload: bool = False) -> dict:
     return memory_per_rank(DenoiserConfig.of(spec, VOCAB), spec, stage, ranks, expert_ranks, offload)
+
+
+def test_attention_costs_what_its_patterns_make_visible() -> None:
+    spec = load_spec(Path("diffuseq"), ["data.row_length=32"]).spec
+    full = attention_cost(DenoiserConfig.of(spec, VOCAB), row_length=32)
+    assert full.flops == 12 * 4 * 32 * 32 * 768  # layers, two products of a multiplication and an addition
+    assert full.of_dense == 1
+
+    changes = ["attention.window=2", "attention.num_global=0", "attention.dilation=[1,[1,8]]", "attention.full_every=4"]
+    sparse = attention_cost(DenoiserConfig.of(load_spec(Path("moe_diffuseq"), changes).spec, VOCAB), row_length=32)
+    near, far = 32 + 2 * (31 + 30), 32 + 2 * (24 + 16)  # pairs of a window of two, dilated by 1 and by 8
+    pairs = 6 * near + 3 * (near + far) / 2 + 3 * 32 * 32
+    assert sparse.flops == 4 * 768 * pairs
+    assert sparse.of_dense == pytest.approx(pairs / (12 * 32 * 32))
 
 
 SPEC = load_spec(Path("moe_diffuseq")).spec

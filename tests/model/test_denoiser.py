@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
 
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
-from mdseq.sparse import Documents
+from mdseq.model.source import mark_source
+from mdseq.sparse import Documents, Pattern
 from mdseq.sparse.documents import NO_DOCUMENT
 from mdseq.spec import load_spec
 
@@ -21,6 +24,8 @@ KINDS = {
     "sparse, experts": ["attention.kind=sparse", "experts.num_experts=4"],
     "full, experts, post-norm": ["attention.kind=full", "experts.num_experts=4", "model.norm=post"],
     "no globals, experts": ["attention.num_global=0", "experts.num_experts=4"],
+    "groups of heads": ["attention.dilation=[[1, 3], 2]"],
+    "hybrid": ["attention.full_every=2"],
 }
 every_kind = pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS.keys())
 
@@ -74,12 +79,25 @@ def test_the_head_is_the_embedding() -> None:
 
 def test_the_layers_take_their_dilations_in_turn() -> None:
     patterns = [block.attention.pattern for block in tiny_denoiser().blocks]
-    assert [(pattern.window, pattern.dilation) for pattern in patterns] == [(3, 1), (3, 2), (3, 1)]
+    assert patterns == [Pattern(3, (1,)), Pattern(3, (2,)), Pattern(3, (1,))]
 
 
-def test_config_survives_json() -> None:
-    config = tiny_denoiser().config
-    assert DenoiserConfig.from_dict(config.to_dict() | {"windows": [3, 3, 3], "dilations": [1, 2, 1]}) == config
+def test_the_schedule_of_the_spec_is_that_of_the_layers() -> None:
+    overrides = ["attention.dilation=[[1, 1], [2, 4]]", "attention.dilation_schedule=interpolate"]
+    config = tiny_denoiser(*overrides, "model.num_layers=5", "attention.full_every=4").config
+    grouped = [Pattern(3, dilations) for dilations in ((1, 1), (1, 1), (1, 2))]
+    assert config.patterns == (*grouped, Pattern(None), Pattern(3, (2, 4)))
+    assert tiny_denoiser("attention.kind=full", *overrides, "attention.num_source_global=3").config == (
+        tiny_denoiser("attention.kind=full").config
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["attention.dilation=[[1, 2]]", "attention.full_every=2"], ["attention.kind=full"]]
+)
+def test_config_survives_json(overrides: list[str]) -> None:
+    config = tiny_denoiser(*overrides).config
+    assert DenoiserConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @every_kind
@@ -162,6 +180,7 @@ def reached(denoiser: Denoiser, length: int) -> list[int]:
 def test_windows_reach_the_sum_of_the_layers_and_globals_reach_everything() -> None:
     reach = 3 * 1 + 3 * 2 + 3 * 1  # window times dilation, layer by layer
     assert reached(tiny_denoiser("attention.num_global=0"), 40) == list(range(reach + 1))
+    assert reached(tiny_denoiser("attention.num_global=0", "attention.full_every=3"), 40) == list(range(40))
     assert reached(tiny_denoiser("attention.num_global=1"), 40) == list(range(40))
     assert reached(tiny_denoiser("attention.kind=full"), 40) == list(range(40))
 
@@ -170,6 +189,16 @@ def test_one_layer_is_not_enough_for_a_global_token_to_pass_a_message_on() -> No
     """A global token collects in one layer what tokens read in the next."""
     assert reached(tiny_denoiser("model.num_layers=1"), 20) == [0, 1, 2, 3]
     assert reached(tiny_denoiser("model.num_layers=2"), 20) == list(range(20))
+
+
+def test_a_global_source_token_is_seen_at_once_by_its_whole_document() -> None:
+    denoiser = tiny_denoiser("model.num_layers=1", "attention.num_global=0", "attention.num_source_global=2")
+    target_bl = torch.arange(20)[None] >= 5
+    documents = mark_source(pack([[20]], 20), target_bl, denoiser.config.num_source_global)
+    z_blz, time_bl = random_inputs(documents)
+    out = denoiser(z_blz.requires_grad_(), time_bl, documents)
+    (gradient,) = torch.autograd.grad(out[0, 15].square().sum(), z_blz)
+    assert (gradient[0] != 0).any(dim=-1).nonzero().flatten().tolist() == [0, 1, *range(12, 19)]
 
 
 def test_engines_agree() -> None:

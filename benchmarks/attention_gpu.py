@@ -1,0 +1,345 @@
+"""Sparse attention on a CUDA GPU: useful TFLOP/s against FlexAttention, the dense flash kernel and the GPU's ceilings.
+
+    python -m benchmarks.attention_gpu [--only window,dilation] [--json FILE] [--dry_run]
+
+Only pairs that the pattern makes visible count as useful: 4 d FLOPs a pair and head forward, 3.5 times that forward and
+backward. The target is 0.70 of the dense kernel's rate in the same run, over the tile factor 1.25 that a window of 256
+costs in blocks of 128, and the rate of FlexAttention. Times are medians by CUDA events, in bf16.
+
+Shapes: b batch (1), s slots, h heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from mdseq.errors import UserError, exit_status
+from mdseq.sparse import Documents, Pattern, attend
+
+HIDDEN = 1024
+TARGET_OF_DENSE, TILE_FACTOR = 0.70, 1.25
+BACKWARD = 2.5  # FLOPs of the backward pass over those of the forward pass
+LONGEST_DENSE_BACKWARD = 16384
+PLAIN_FLEX = "plain flex"  # FlexAttention over the original order: the way without a library of ours
+ALL = (PLAIN_FLEX, "flex", "flash")
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pattern and one size; `part` is what varies."""
+
+    part: str
+    tokens: int
+    window: int = 256
+    dilation: int = 1
+    head_dim: int = 64
+    num_global: int = 0
+    engines: tuple[str, ...] = ("flash",)
+
+    @property
+    def num_heads(self) -> int:
+        return HIDDEN // self.head_dim
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(self.window, (self.dilation,))
+
+    def useful_pairs(self) -> int:
+        """Visible pairs of a query and a key, of one head, in one document that fills the row."""
+        n, g, d = self.tokens, self.num_global, self.dilation
+        steps = range(1, self.window + 1)
+        return n + 2 * sum(max(0, n - step * d) for step in steps) + g * (2 * n + g)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the report; rates in TFLOP/s, None where a pass was not measured."""
+
+    case: Case
+    engine: str
+    forward_ms: float
+    both_ms: float | None
+    forward_rate: float
+    both_rate: float | None
+    forward_of_dense: float | None = None
+    both_of_dense: float | None = None
+    forward_of_flex: float | None = None
+    both_of_flex: float | None = None
+
+
+def cases() -> Iterator[Case]:
+    """All that is measured. FlexAttention compiles for every shape, many seconds each, so it runs on a few cases."""
+    for head_dim in (64, 128):
+        for tokens in (4096, 16384, 65536):
+            yield Case("length", tokens, head_dim=head_dim, engines=ALL if tokens > 4096 else ("flash",))
+        for window in (128, 512):
+            yield Case("window", 16384, window=window, head_dim=head_dim)
+        for dilation in (2, 4, 8):
+            engines = ALL if (dilation, head_dim) == (4, 64) else ("flash",)
+            yield Case("dilation", 16384, dilation=dilation, head_dim=head_dim, engines=engines)
+        for tokens in (4096, 16384, 65536):
+            engines = ALL if tokens == 16384 else ("flash",)
+            yield Case("globals", tokens, num_global=16, head_dim=head_dim, engines=engines)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where to measure and how."""
+
+    device: str
+    dtype: torch.dtype
+    warmups: int
+    repeats: int
+    dry: bool
+
+    def milliseconds(self, run: Callable[[], object]) -> float:
+        """The median of several runs after some to warm up."""
+        for _ in range(self.warmups):
+            run()
+        if self.dry:
+            started = time.perf_counter()
+            run()
+            return (time.perf_counter() - started) * 1e3
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
+        for start, end in events:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events)
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype)
+
+
+def ours(engine: str, case: Case, bench: Bench) -> tuple[Attention, int]:
+    """An engine of ours and the number of its slots."""
+    documents = Documents.whole(torch.tensor([case.tokens], device=bench.device), case.tokens)
+    layout = documents.layout(case.num_global, alignment=case.pattern.stride)
+    name = "banded" if bench.dry else engine
+    return (lambda q, k, v: attend(q, k, v, case.pattern, layout, engine=name)), layout.document_bs.shape[1]
+
+
+def plain_flex(case: Case, bench: Bench) -> tuple[Attention, int]:
+    """FlexAttention with one mask over the row, its globals in front."""
+    g, window, dilation = case.num_global, case.window, case.dilation
+    slots = g + case.tokens
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = (query - key).abs()
+        in_window = (distance <= window * dilation) & (distance % dilation == 0)
+        return in_window | (query < g) | (key < g)
+
+    compile_mask = not bench.dry  # compiled, the mask is never there in whole
+    block_mask = create_block_mask(visible, None, None, slots, slots, bench.device, _compile=compile_mask)
+    call = flex_attention if bench.dry else torch.compile(flex_attention, dynamic=False)
+
+    def attention(q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_bshd, k_bshd, v_bshd))
+        return call(q, k, v, block_mask=block_mask).transpose(1, 2)
+
+    return attention, slots
+
+
+def dense(bench: Bench) -> Attention:
+    backends = [SDPBackend.MATH] if bench.dry else [SDPBackend.FLASH_ATTENTION]
+
+    def attention(q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_bshd, k_bshd, v_bshd))
+        with sdpa_kernel(backends):
+            return scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attention
+
+
+def timed(bench: Bench, attention: Attention, case: Case, slots: int, backward: bool) -> tuple[float, float | None]:
+    """Milliseconds of the forward pass, and of forward and backward."""
+    shape = (1, slots, case.num_heads, case.head_dim)
+    q, k, v, gradient = (bench.random(*shape) for _ in range(4))
+    with torch.no_grad():
+        forward = bench.milliseconds(lambda: attention(q, k, v))
+    if not backward:
+        return forward, None
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return forward, bench.milliseconds(lambda: torch.autograd.grad(attention(*inputs), inputs, gradient))
+
+
+def result(case: Case, engine: str, pairs: int, forward: float, both: float | None) -> Result:
+    flops = 4 * case.head_dim * case.num_heads * pairs
+    both_rate = None if both is None else (1 + BACKWARD) * flops / both / 1e9
+    return Result(case, engine, forward, both, flops / forward / 1e9, both_rate)
+
+
+def ceilings(bench: Bench) -> list[str]:
+    """What this GPU does at most in the same run: a large matmul and a large copy."""
+    n, elements = (256, 2**16) if bench.dry else (8192, 2**30)
+    a, b = bench.random(n, n), bench.random(n, n)
+    product = bench.milliseconds(lambda: a @ b)
+    source = torch.empty(elements, device=bench.device, dtype=bench.dtype)
+    target = torch.empty_like(source)
+    copy = bench.milliseconds(lambda: target.copy_(source))
+    moved = 2 * source.numel() * source.element_size()  # read and written
+    return [
+        f"matmul {n:,} x {n:,}: {2 * n**3 / product / 1e9:,.0f} TFLOP/s",
+        f"copy of {moved / 2e9:.2f} GB: {moved / copy / 1e9:.2f} TB/s",
+    ]
+
+
+def dense_results(bench: Bench, chosen: Sequence[Case]) -> dict[tuple[int, int], Result]:
+    """The dense kernel at every length and head dimension, where all pairs are useful."""
+    results = {}
+    for head_dim, tokens in sorted({(case.head_dim, case.tokens) for case in chosen}):
+        case = Case("dense", tokens, head_dim=head_dim)
+        backward = tokens <= LONGEST_DENSE_BACKWARD
+        times = timed(bench, dense(bench), case, tokens, backward)
+        results[head_dim, tokens] = result(case, "dense", tokens**2, *times)
+    return results
+
+
+def compare(bench: Bench, chosen: Sequence[Case]) -> Iterator[Result]:
+    """All engines on every case, each against the dense kernel and against FlexAttention on the same case."""
+    of_dense = dense_results(bench, chosen)
+    yield from of_dense.values()
+    for case in chosen:
+        pairs, rival = case.useful_pairs(), None
+        for engine in case.engines:
+            attention, slots = plain_flex(case, bench) if engine == PLAIN_FLEX else ours(engine, case, bench)
+            backward = engine != PLAIN_FLEX or not bench.dry  # it has no backward pass on a CPU
+            measured = result(case, engine, pairs, *timed(bench, attention, case, slots, backward))
+            rival = measured if rival is None and engine != "flash" else rival
+            yield against(measured, of_dense, rival)
+        torch.compiler.reset()  # the next shape is no recompile of this one
+
+
+def against(measured: Result, of_dense: dict[tuple[int, int], Result], flex: Result | None) -> Result:
+    """The same with its ratios. The longest rows have no dense backward pass: there, that of shorter rows stands in."""
+    case = measured.case
+    forward = of_dense[case.head_dim, case.tokens].forward_rate
+    both_rates = [r.both_rate for (head_dim, _), r in of_dense.items() if head_dim == case.head_dim and r.both_rate]
+    both = of_dense[case.head_dim, case.tokens].both_rate or max(both_rates, default=None)
+    return replace(
+        measured,
+        forward_of_dense=measured.forward_rate / forward,
+        both_of_dense=_ratio(measured.both_rate, both),
+        forward_of_flex=_ratio(measured.forward_rate, flex.forward_rate if flex else None),
+        both_of_flex=_ratio(measured.both_rate, flex.both_rate if flex else None),
+    )
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value / other
+
+
+def table_of(results: Sequence[Result], title: str, caption: str) -> Table:
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    names = ["", "d", "tokens", "w", "dil.", "glob.", "engine", "fwd ms", "f+b ms", "fwd TF/s", "f+b TF/s"]
+    for name in [*names, "of dense", "of flex", "target"]:
+        table.add_column(name, justify="right")
+    previous = None
+    for measured in results:
+        case = measured.case
+        if previous not in (None, case):
+            table.add_section()
+        same, previous = previous == case, case
+        sizes: list[object] = [case.part, case.head_dim, f"{case.tokens:,}"]
+        sizes += ["", "", ""] if case.part == "dense" else [case.window, case.dilation, case.num_global]
+        table.add_row(
+            *(["" if same else str(size) for size in sizes]),
+            measured.engine,
+            f"{measured.forward_ms:.3f}",
+            _optional("{:.3f}", measured.both_ms),
+            f"{measured.forward_rate:.0f}",
+            _optional("{:.0f}", measured.both_rate),
+            _pair(measured.forward_of_dense, measured.both_of_dense),
+            _pair(measured.forward_of_flex, measured.both_of_flex),
+            target_of(measured),
+        )
+    return table
+
+
+def target_of(measured: Result) -> str:
+    """Whether the engine `flash` reaches the target, forward and backward together."""
+    if measured.engine != "flash" or measured.both_of_dense is None:
+        return ""
+    enough = measured.both_of_dense >= TARGET_OF_DENSE / TILE_FACTOR
+    return "[green]yes[/]" if enough and (measured.both_of_flex or 1) >= 1 else "[red]no[/]"
+
+
+def _optional(form: str, value: float | None) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _pair(forward: float | None, both: float | None) -> str:
+    return " ".join(f"{value:.2f}" for value in (forward, both) if value is not None)
+
+
+def tiny(case: Case) -> Case:
+    return replace(case, tokens=case.tokens // 64, window=case.window // 16)
+
+
+def measure(options: argparse.Namespace) -> None:
+    chosen = list(cases())
+    known = sorted({case.part for case in chosen})
+    parts = known if options.only is None else options.only.split(",")
+    if unknown := sorted(set(parts) - set(known)):
+        raise UserError(f"--only {options.only}: no part {', '.join(unknown)}; give some of {', '.join(known)}")
+    if not options.dry_run and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA GPU here: run this where torch.cuda.is_available(), or try the script itself on the CPU with "
+            "--dry_run"
+        )
+    chosen = [tiny(case) if options.dry_run else case for case in chosen if case.part in parts]
+    if options.dry_run:
+        bench = Bench("cpu", torch.float32, warmups=0, repeats=1, dry=True)
+        name = "dry run on the CPU: every path, figures without meaning"
+    else:
+        bench = Bench("cuda", torch.bfloat16, warmups=5, repeats=20, dry=False)
+        name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    torch.manual_seed(0)
+    limits = ceilings(bench)
+    results: list[Result] = []
+    console = Console() if Console().is_terminal else Console(width=140)
+    try:
+        for measured in compare(bench, chosen):
+            results.append(measured)
+            print(f"{len(results)}: {measured.engine} {measured.case}", file=sys.stderr)
+            if options.json:  # at once: a run that is cut short keeps what it has
+                with options.json.open("a") as file:
+                    file.write(json.dumps({"device": name, "ceilings": limits, **asdict(measured)}) + "\n")
+    finally:
+        caption = (
+            f"{'; '.join(limits)}. Rates count useful pairs. of dense, of flex: rate over the dense flash kernel's and "
+            f"over FlexAttention's (over the original order), forward, then forward and backward. "
+            f"target: flash forward and backward >= {TARGET_OF_DENSE:.2f} / {TILE_FACTOR} of dense, >= FlexAttention."
+        )
+        console.print(table_of(results, f"{name}; {HIDDEN} hidden, forward and backward", caption))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", metavar="PARTS", help="some of length,window,dilation,globals")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one object a result")
+    parser.add_argument("--dry_run", action="store_true", help="every path on the CPU, tiny, with the engine banded")
+    options = parser.parse_args(arguments)
+    return exit_status(lambda: measure(options), "stopped")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -89,66 +89,85 @@ class Band:
             tiles.append(tuple(tile for residue, one in enumerate(row) for tile in one.tiles(residue, band_ck)))
         return cls(g, dilation, block, halo, length, tuple(tiles))
 
-    def queries(self, x_she: Tensor) -> Tensor:
-        """Tokens by residue class and head, [r, h, j, e]; zeros in place of the missing ones."""
-        return self._by_class(x_she, halo=0)
-
-    def keys(self, x_she: Tensor) -> Tensor:
-        """The same with a halo on either side, [r, h, halo + j + halo, e]."""
-        return self._by_class(x_she, self.halo)
-
-    def put_back(self, x_rhje: Tensor, into_she: Tensor, halo: int = 0) -> None:
-        """Copy such a buffer to the token slots that it came from."""
-        for tokens_hje, class_hje in self._classes(into_she, x_rhje, halo):
-            tokens_hje.copy_(class_hje)
-
     def blocks(self, x_rhje: Tensor, tile: BandTile, heads: slice) -> Tensor:
-        """The tile's queries in such a buffer, [h, x, c, e]: a view."""
+        """The tile's queries in a buffer without halos, [h, x, c, e]: a view."""
         return x_rhje[tile.residue, heads, tile.queries].unflatten(1, (-1, self.block))
 
-    def _by_class(self, x_she: Tensor, halo: int) -> Tensor:
-        _, h, e = x_she.shape
-        out_rhje = x_she.new_zeros(self.dilation, h, halo + self.length + halo, e)
-        for tokens_hje, class_hje in self._classes(x_she, out_rhje, halo):
-            class_hje.copy_(tokens_hje)
-        return out_rhje
-
-    def _classes(self, x_she: Tensor, x_rhje: Tensor, halo: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of the same tokens in either arrangement."""
+    def classes(self, x_she: Tensor, x_rhje: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of the same tokens among all slots and in a buffer, with or without halos, by residue class."""
+        halo = (x_rhje.shape[2] - self.length) // 2
         for residue in range(self.dilation):
             tokens_hje = x_she[self.num_global + residue :: self.dilation].transpose(0, 1)
             yield tokens_hje, x_rhje[residue, :, halo : halo + tokens_hje.shape[1]]
 
 
-def attend_band(band: Band, row: int, heads: Heads, out_she: Tensor) -> None:
+class Buffers:
+    """Memory that one head after another uses, since fresh memory costs as much as the work that is done in it.
+
+    A buffer holds tokens by residue class and head, [r, h, j, e], or with a halo on either side,
+    [r, h, halo + j + halo, e]. Halos, and rows beyond the last token, are zero.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.Size, int], Tensor] = {}
+
+    def load(self, name: str, band: Band, x_she: Tensor, halo: int = 0) -> Tensor:
+        """A buffer with the tokens of some heads."""
+        x_rhje = self._buffer(name, band, x_she, halo)
+        for tokens_hje, class_hje in band.classes(x_she, x_rhje):
+            class_hje.copy_(tokens_hje)
+        return x_rhje
+
+    def zeros(self, name: str, band: Band, like_she: Tensor, halo: int = 0) -> Tensor:
+        return self._buffer(name, band, like_she, halo).zero_()
+
+    def _buffer(self, name: str, band: Band, like_she: Tensor, halo: int) -> Tensor:
+        key = (name, like_she.shape, band.dilation)
+        if key not in self._buffers:
+            _, h, e = like_she.shape
+            self._buffers[key] = like_she.new_zeros(band.dilation, h, halo + band.length + halo, e)
+        return self._buffers[key]
+
+
+def attend_band(band: Band, row: int, heads: Heads, out_she: Tensor, buffers: Buffers) -> None:
     """Write the output of a row's token slots; of those that hold nothing, anything finite."""
-    q_rhje, kv_rhje = band.queries(heads.q), KeyValue(band.keys(heads.k), band.keys(heads.v))
-    out_rhje = torch.zeros_like(q_rhje)
+    q_rhje, kv_rhje = buffers.load("q", band, heads.q), _load_keys(band, heads, buffers)
+    out_rhje = buffers.zeros("out", band, out_she)
     for tile, some in _tiles(band, row, q_rhje.shape[1]):
         out_hxce = attend_tile(band.blocks(q_rhje, tile, some), _sources(tile, some, kv_rhje, heads))
         band.blocks(out_rhje, tile, some).copy_(out_hxce)
-    band.put_back(out_rhje, out_she)
+    _store(band, out_rhje, out_she)
 
 
-def add_band_gradients(band: Band, row: int, heads: Heads, out_she: Tensor, grad_she: Tensor, totals: Heads) -> None:
+def add_band_gradients(
+    band: Band, row: int, heads: Heads, out_she: Tensor, grad_she: Tensor, totals: Heads, buffers: Buffers
+) -> None:
     """Write the gradients of a row's token slots, and add to those of its global slots.
 
     Args:
         grad_she: Gradient of the output; zero where a slot holds nothing.
     """
-    q_rhje, out_rhje, grad_rhje = band.queries(heads.q), band.queries(out_she), band.queries(grad_she)
-    kv_rhje = KeyValue(band.keys(heads.k), band.keys(heads.v))
-    delta_rhj1 = (grad_rhje * out_rhje).sum(dim=-1, keepdim=True)
-    grad_q_rhje = torch.zeros_like(q_rhje)
-    total_rhje = KeyValue(torch.zeros_like(kv_rhje.k), torch.zeros_like(kv_rhje.v))
+    q_rhje, kv_rhje = buffers.load("q", band, heads.q), _load_keys(band, heads, buffers)
+    grad_rhje = buffers.load("grad", band, grad_she)
+    delta_rhj1 = (grad_rhje * buffers.load("out", band, out_she)).sum(dim=-1, keepdim=True)
+    grad_q_rhje = buffers.zeros("grad q", band, heads.q)
+    total_rhje = KeyValue(*(buffers.zeros(f"grad {x}", band, heads.k, band.halo) for x in "kv"))
     for tile, some in _tiles(band, row, q_rhje.shape[1]):
         q_hxce, grad_hxce, delta_hxc1 = (band.blocks(x, tile, some) for x in (q_rhje, grad_rhje, delta_rhj1))
         sources = _sources(tile, some, kv_rhje, heads)
         sums = [rows for _, rows in _sources(tile, some, total_rhje, totals)]
         band.blocks(grad_q_rhje, tile, some).copy_(add_gradients(q_hxce, grad_hxce, delta_hxc1, sources, sums))
-    band.put_back(grad_q_rhje, totals.q)
-    band.put_back(total_rhje.k, totals.k, band.halo)
-    band.put_back(total_rhje.v, totals.v, band.halo)
+    for x_rhje, total_she in ((grad_q_rhje, totals.q), (total_rhje.k, totals.k), (total_rhje.v, totals.v)):
+        _store(band, x_rhje, total_she)
+
+
+def _load_keys(band: Band, heads: Heads, buffers: Buffers) -> KeyValue:
+    return KeyValue(buffers.load("k", band, heads.k, band.halo), buffers.load("v", band, heads.v, band.halo))
+
+
+def _store(band: Band, x_rhje: Tensor, into_she: Tensor) -> None:
+    for tokens_hje, class_hje in band.classes(into_she, x_rhje):
+        tokens_hje.copy_(class_hje)
 
 
 def _tiles(band: Band, row: int, num_heads: int) -> Iterator[tuple[BandTile, slice]]:

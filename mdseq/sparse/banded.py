@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mdseq.sparse.band import Band, add_band_gradients, attend_band
+from mdseq.sparse.band import Band, Buffers, add_band_gradients, attend_band
 from mdseq.sparse.documents import Layout
 from mdseq.sparse.pattern import Pattern
 from mdseq.sparse.spans import Spans, add_span_gradients, attend_spans
@@ -43,8 +43,9 @@ class _Banded(torch.autograd.Function):
         dtype = _precision(q)
         heads = Heads(*(x.to(dtype) for x in (q, k, v)))
         out_bshe = torch.zeros(q.shape, dtype=dtype, device=q.device)
+        buffers = Buffers()
         for band, row, some in _bands(pattern, layout, q.shape):
-            attend_band(band, row, heads.at(row, some), out_bshe[row, :, some])
+            attend_band(band, row, heads.at(row, some), out_bshe[row, :, some], buffers)
         attend_spans(_spans(pattern, layout), heads, out_bshe)
         out_bshe = _clear_empty(out_bshe, layout).to(q.dtype)
         ctx.save_for_backward(q, k, v, out_bshe)
@@ -59,9 +60,10 @@ class _Banded(torch.autograd.Function):
         heads = Heads(*(x.to(dtype) for x in (q, k, v)))
         totals = Heads(*(torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)))
         out_bshe, grad_bshe = out.to(dtype), _clear_empty(grad.to(dtype, copy=True), layout)
+        buffers = Buffers()
         for band, row, some in _bands(pattern, layout, q.shape):
             out_she, grad_she = out_bshe[row, :, some], grad_bshe[row, :, some]
-            add_band_gradients(band, row, heads.at(row, some), out_she, grad_she, totals.at(row, some))
+            add_band_gradients(band, row, heads.at(row, some), out_she, grad_she, totals.at(row, some), buffers)
         add_span_gradients(_spans(pattern, layout), heads, out_bshe, grad_bshe, totals)
         return totals.q.to(q.dtype), totals.k.to(k.dtype), totals.v.to(v.dtype), None, None
 

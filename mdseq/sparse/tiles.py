@@ -58,8 +58,8 @@ class KeySet(Protocol):
         """Added to the scores, broadcast to [h, x, c, k]: 0 where a query sees a key, -inf where not; None for 0."""
         ...
 
-    def add_scores(self, scores_hxck: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> None:
-        """Add scale * left rows^T, of every block with the rows that it meets."""
+    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
+        """plus + scale * left rows^T, of every block with the rows that it meets: [h, x, c, k]."""
         ...
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
@@ -85,10 +85,12 @@ class Sliding:
     length: int
     bias: Tensor | None
 
-    def add_scores(self, scores_hxck: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> None:
+    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
         rows_hxke = self._stretches(rows_hse, 0, 1, left_hxce.shape[1])
+        scores_hxck = plus.new_empty(*left_hxce.shape[:3], self.length).copy_(plus)
         left, right = left_hxce.flatten(0, 1), rows_hxke.flatten(0, 1).transpose(1, 2)
         scores_hxck.flatten(0, 1).baddbmm_(left, right, alpha=scale)
+        return scores_hxck
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
         rows_hxke = self._stretches(rows_hse, 0, 1, weight_hxck.shape[1])
@@ -125,9 +127,11 @@ class Shared:
     def length(self) -> int:
         return self.rows.stop - self.rows.start
 
-    def add_scores(self, scores_hxck: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> None:
+    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
+        scores_hxck = plus.new_empty(*left_hxce.shape[:3], self.length).copy_(plus)
         rows_hek = rows_hse[:, self.rows].transpose(1, 2)
         scores_hxck.flatten(1, 2).baddbmm_(left_hxce.flatten(1, 2), rows_hek, alpha=scale)
+        return scores_hxck
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
         out = torch.bmm(weight_hxck.flatten(1, 2), rows_hse[:, self.rows])
@@ -147,8 +151,8 @@ def attend_tile(q_hxce: Tensor, sources: Sequence[Source]) -> Tensor:
     Args:
         sources: Key sets, and the rows that they point into. Every query must see a key.
     """
-    p_hxck = _probabilities(q_hxce, sources)
-    first, *others = (keys.mix(part, rows.v) for part, (keys, rows) in _parts(p_hxck, sources))
+    parts = zip(_probabilities(q_hxce, sources), sources, strict=True)
+    first, *others = (keys.mix(p_hxck, rows.v) for p_hxck, (keys, rows) in parts)
     for other in others:
         first += other
     return first
@@ -166,38 +170,25 @@ def add_gradients(
         delta_hxc1: Sum of dO * O over the head dimension.
     """
     scale = q_hxce.shape[-1] ** -0.5
-    p_hxck = _probabilities(q_hxce, sources)
-    ds_hxck = torch.empty_like(p_hxck).copy_(-delta_hxc1)
-    for part, (keys, rows) in _parts(ds_hxck, sources):
-        keys.add_scores(part, grad_hxce, rows.v, 1.0)
-    ds_hxck.mul_(p_hxck)
-
     grad_q_hxce, scaled_q_hxce = torch.zeros_like(q_hxce), q_hxce * scale
-    parts = zip(_parts(p_hxck, sources), _parts(ds_hxck, sources), totals, strict=True)
-    for (p_part, (keys, rows)), (ds_part, _), total in parts:
-        keys.add_rows(total.v, p_part, grad_hxce)
-        keys.add_rows(total.k, ds_part, scaled_q_hxce)
-        grad_q_hxce.add_(keys.mix(ds_part, rows.k), alpha=scale)
+    for p_hxck, (keys, rows), total in zip(_probabilities(q_hxce, sources), sources, totals, strict=True):
+        ds_hxck = keys.scores(-delta_hxc1, grad_hxce, rows.v, 1.0).mul_(p_hxck)
+        keys.add_rows(total.v, p_hxck, grad_hxce)
+        keys.add_rows(total.k, ds_hxck, scaled_q_hxce)
+        grad_q_hxce.add_(keys.mix(ds_hxck, rows.k), alpha=scale)
     return grad_q_hxce
 
 
-def _probabilities(q_hxce: Tensor, sources: Sequence[Source]) -> Tensor:
-    """[h, x, c, k], the keys of all sources side by side."""
-    num_keys = sum(keys.length for keys, _ in sources)
-    scores_hxck = q_hxce.new_empty(*q_hxce.shape[:3], num_keys)
-    for part, (keys, rows) in _parts(scores_hxck, sources):
-        if keys.bias is None:
-            part.zero_()
-        else:
-            part.copy_(keys.bias)
-        keys.add_scores(part, q_hxce, rows.k, q_hxce.shape[-1] ** -0.5)
-    return scores_hxck.softmax(dim=-1)
-
-
-def _parts(x_hxck: Tensor, sources: Sequence[Source]) -> Iterator[tuple[Tensor, Source]]:
-    """Each source's columns: views."""
-    lengths = [keys.length for keys, _ in sources]
-    return zip(x_hxck.split(lengths, dim=-1), sources, strict=True)
+def _probabilities(q_hxce: Tensor, sources: Sequence[Source]) -> Sequence[Tensor]:
+    """[h, x, c, k] of each source; together they sum to 1."""
+    nothing, scale = q_hxce.new_zeros(()), q_hxce.shape[-1] ** -0.5
+    scores = [
+        keys.scores(nothing if keys.bias is None else keys.bias.to(q_hxce.dtype), q_hxce, rows.k, scale)
+        for keys, rows in sources
+    ]
+    if len(scores) == 1:
+        return [scores[0].softmax(dim=-1)]
+    return torch.cat(scores, dim=-1).softmax(dim=-1).split([keys.length for keys, _ in sources], dim=-1)
 
 
 def head_groups(num_heads: int, size_of_one: int, limit: int) -> Iterator[slice]:

@@ -216,7 +216,6 @@ def _inspect_attention(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from mdseq.model.denoiser import DenoiserConfig
-    from mdseq.model.source import mark_source
     from mdseq.report.attention import AttentionRow, attention_table, packed
     from mdseq.report.attention_plot import plot_attention
 
@@ -225,7 +224,7 @@ def _inspect_attention(options: argparse.Namespace) -> None:
     row = AttentionRow(
         title=options.spec.resolve().name if run_spec.is_file() else options.spec.stem,
         patterns=config.patterns,
-        documents=mark_source(documents, ~documents.real_bl, config.num_source_global),
+        documents=documents.marked(documents.position_bl < config.num_source_global),
         num_global=config.num_global,
         num_heads=config.num_heads,
         head_dim=config.hidden_dim // config.num_heads,

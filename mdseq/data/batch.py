@@ -1,6 +1,6 @@
 """The unit that the model eats: one micro-batch of packed rows.
 
-Shapes: b rows, l slots of a row, p pieces of documents.
+Shapes: b rows, l slots of a row, m documents of a row, p pieces of documents.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mdseq.data.corpus import Corpus
 from mdseq.data.packing import Pieces
 from mdseq.data.tokenizer import SpecialToken
-from mdseq.sparse.documents import NO_DOCUMENT, Documents
+from mdseq.sparse.documents import NO_DOCUMENT, Documents, leading_source
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Batch:
     position_bl: int64, position within the document's piece (0 where the piece starts), 0 at padding.
     target_bl: bool, the positions to be denoised.
     row_b: int64, row index in the packing: the key of the row's noise.
+    source_length_bm: int64, tokens of each document that are not targets; on the host, wherever the rest is.
     num_documents: most documents in any row of this micro-batch, at least 1.
     """
 
@@ -47,14 +48,20 @@ class Batch:
     position_bl: Tensor
     target_bl: Tensor
     row_b: Tensor
+    source_length_bm: Tensor
     num_documents: int
     step: int
     totals: StepTotals
 
-    @property
-    def documents(self) -> Documents:
-        """What attention needs to know of the rows."""
-        return Documents(self.document_bl, self.position_bl, self.num_documents)
+    def documents(self, num_source_global: int = 0) -> Documents:
+        """What attention needs to know of the rows, the first `num_source_global` tokens of each source global."""
+        documents = Documents(self.document_bl, self.position_bl, self.num_documents)
+        if not num_source_global:
+            return documents
+        count_b = self.source_length_bm.clamp(max=num_source_global).sum(dim=1).tolist()
+        return documents.marked(
+            leading_source(documents, self.target_bl, num_source_global), (min(count_b), max(count_b))
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; from pinned memory, the host does not wait for the copies."""
@@ -69,7 +76,9 @@ class Batch:
         parts = []
         for first in range(0, len(self.row_b), num_rows):
             part = self._with_tensors(partial(torch.narrow, dim=0, start=first, length=num_rows))
-            parts.append(replace(part, num_documents=int(part.document_bl.max()) + 1))
+            source_length_bm = self.source_length_bm[first : first + num_rows]
+            num_documents = int(part.document_bl.max()) + 1
+            parts.append(replace(part, source_length_bm=source_length_bm, num_documents=num_documents))
         return parts
 
     def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -129,13 +138,16 @@ def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: S
     for start, length in zip(starts, lengths, strict=True):
         row, slot, position = int(pieces.row[start]), int(slot_p[start]), int(pieces.position[start])
         corpus.read(position, tokens_bl[row, slot : slot + length])
+    source_length_bm = np.zeros((num_rows, int(document_p.max()) + 1), dtype=np.int64)
+    source_length_bm[pieces.row, document_p] = plan.source_length_p
     return Batch(
         tokens_bl=torch.from_numpy(tokens_bl),
         document_bl=torch.from_numpy(document_bl),
         position_bl=torch.from_numpy(position_bl),
         target_bl=torch.from_numpy(target_bl),
         row_b=torch.from_numpy(plan.row_b),
-        num_documents=int(document_p.max()) + 1,
+        source_length_bm=torch.from_numpy(source_length_bm),
+        num_documents=source_length_bm.shape[1],
         step=step,
         totals=totals,
     )

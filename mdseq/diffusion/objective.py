@@ -17,7 +17,6 @@ from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.experts import captured_router_logits
-from mdseq.model.source import mark_source
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.spec import RunSpec
 
@@ -55,7 +54,7 @@ class DiffusionObjective(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The micro-batch's share of the loss: its mean over all micro-batches of all ranks is the global loss."""
         diffusion = self.spec.diffusion
-        documents = mark_source(batch.documents, batch.target_bl, self.config.num_source_global)
+        documents = batch.documents(self.config.num_source_global)
         published = diffusion.objective == "published"
         noised_bl = batch.target_bl | ~documents.real_bl if published else batch.target_bl
         length, dim = batch.tokens_bl.shape[1], self.config.embedding_dim

@@ -14,9 +14,9 @@ from mdseq.diffusion.rounding import nearest_tokens
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.diffusion.solvers import SOLVERS, time_grid
 from mdseq.model.denoiser import Denoiser
-from mdseq.model.source import mark_source
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.sparse import Documents
+from mdseq.sparse.documents import leading_source
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def sample(
         sample_b: Id of each row's noise: with the seed, it fixes the result, whatever else is in the batch.
         options: Solver, steps, seed.
     """
-    documents = mark_source(documents, target_bl, denoiser.config.num_source_global)
+    if count := denoiser.config.num_source_global:
+        documents = documents.marked(leading_source(documents, target_bl, count))
     source_blz = denoiser.embedding(tokens_bl).float()
     # Through the module, not its weight: under ZeRO-3 the weight is whole only inside a call.
     embedding_vz = denoiser.embedding(torch.arange(denoiser.config.vocab_size, device=tokens_bl.device)).float()

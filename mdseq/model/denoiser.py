@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
 
     Every document of a row has `num_global` learned global slots of its own, which go through the layers beside the
     tokens and are dropped at the end. Its first `num_source_global` tokens, where they are source, are global too: to
-    that end, the caller marks them (see `mark_source`).
+    that end, the caller marks them.
     """
 
     def __init__(self, config: DenoiserConfig) -> None:

@@ -257,11 +257,10 @@ class _Class:
         return _bias(seen_xck | (document_xc == NO_DOCUMENT)[..., None])
 
     def _global_bias(self, blocks: slice, rows: slice, device: torch.device) -> Tensor | None:
-        """[x, c, g] where a tile has several documents."""
-        owner_g = self.owner_g[rows]
-        if owner_g[0] == owner_g[-1]:
-            return None
-        return _bias(self.document_xc[blocks][..., None] == owner_g).to(device)
+        """[x, c, g]; None where the global slots are those of all queries."""
+        document_xc1 = self.document_xc[blocks][..., None]
+        seen_xcg = (document_xc1 == self.owner_g[rows]) | (document_xc1 == NO_DOCUMENT)
+        return None if seen_xcg.all() else _bias(seen_xcg).to(device)
 
 
 def _extent(document_j: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

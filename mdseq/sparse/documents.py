@@ -1,7 +1,7 @@
 """Which document each slot of a row holds, and what attention needs to know about it.
 
-Shapes: b batch, l tokens in a row, g global slots in a row, t token slots in a row, s = g + t slots, m documents in a
-row, d features.
+Shapes: b batch, l tokens in a row, g global slots in a row, t other slots in a row, s = g + t slots,
+m documents in a row, d features.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 Plan = TypeVar("Plan")
-Count = TypeVar("Count", int, Tensor)
 
 NO_DOCUMENT = -1
 
@@ -28,15 +27,15 @@ class Documents:
         position_bl: Position within the document.
         num_documents: At least the documents of any row; known on the host.
         global_bl: Tokens that are global, or None for none.
-        num_global_tokens: At least the global tokens of any row; known on the host.
+        num_global_tokens: The fewest and the most global tokens of any row; known on the host.
     """
 
     document_bl: Tensor
     position_bl: Tensor
     num_documents: int
     global_bl: Tensor | None = None
-    num_global_tokens: int = 0
-    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False, compare=False)
+    num_global_tokens: tuple[int, int] = (0, 0)
+    _layouts: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def whole(cls, length_b: Tensor, row_length: int) -> Documents:
@@ -49,18 +48,33 @@ class Documents:
     def real_bl(self) -> Tensor:
         return self.document_bl != NO_DOCUMENT
 
-    def layout(self, num_global: int = 0, alignment: int = 1) -> Layout:
+    def marked(self, global_bl: Tensor, num_global_tokens: tuple[int, int] | None = None) -> Documents:
+        """The same documents with these tokens global.
+
+        Args:
+            global_bl: The tokens; padding is left out.
+            num_global_tokens: The fewest and the most of any row; None to count them, for which the host waits.
+        """
+        global_bl = global_bl & self.real_bl
+        if num_global_tokens is None:
+            count_b = global_bl.sum(dim=1).tolist()
+            num_global_tokens = min(count_b), max(count_b)
+        return Documents(self.document_bl, self.position_bl, self.num_documents, global_bl, num_global_tokens)
+
+    def layout(self, num_global: int = 0) -> Layout:
         """These documents as slots: built by the first who asks, shared by all layers and by all denoiser calls.
 
         Args:
             num_global: Global slots that every document gets besides its tokens.
-            alignment: What the start of every document is to be a multiple of, within the token slots. The engine
-                `flash` needs that of `Pattern.stride`.
         """
-        key = (num_global, alignment)
-        if key not in self._layouts:
-            self._layouts[key] = _lay_out(self, num_global, alignment)
-        return self._layouts[key]
+        if num_global not in self._layouts:
+            self._layouts[num_global] = _lay_out(self, num_global)
+        return self._layouts[num_global]
+
+
+def leading_source(documents: Documents, target_bl: Tensor, count: int) -> Tensor:
+    """The first `count` tokens of each document, as far as they are not to be generated: bool [b, l]."""
+    return (documents.position_bl < count) & ~target_bl & documents.real_bl
 
 
 @dataclass(frozen=True)
@@ -75,14 +89,12 @@ class Layout:
         position_bs: Position of its token within the document; 0 for slots that hold no token.
         num_global: Leading slots of a row that are global (g).
         num_documents: At least the documents of any row (m); known on the host.
-        alignment: The first token of every document, g and s are multiples of this.
     """
 
     document_bs: Tensor
     position_bs: Tensor
     num_global: int
     num_documents: int
-    alignment: int
     _content_bs: Tensor = field(repr=False, compare=False)
     _slot_bl: Tensor = field(repr=False, compare=False)
     _plans: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
@@ -109,7 +121,7 @@ class Layout:
         return self._plans[key]  # type: ignore[return-value]
 
 
-def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
+def _lay_out(documents: Documents, num_global: int) -> Layout:
     """Tensor arithmetic only, of shapes that the host knows: on a GPU, nothing waits for it."""
     document_bl, m = documents.document_bl, documents.num_documents
     (b, length), device = document_bl.shape, document_bl.device
@@ -120,31 +132,19 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
     def count(of_bl: Tensor) -> Tensor:
         return torch.zeros(b, m, dtype=torch.long, device=device).scatter_add_(1, owner_bl, of_bl.long())
 
-    def rank(of_bl: Tensor) -> Tensor:
-        """How many of the same kind stand before a token in its document."""
-        before_bl = of_bl.cumsum(1) - of_bl.long()
-        return before_bl - _starts(count(of_bl)).gather(1, owner_bl)
-
-    # Global slots: of each document, its own, then its global tokens.
-    own_bm = (count(real_bl) > 0) * num_global
-    global_start_bm = _starts(own_bm + count(global_bl))
-    g = _round_up(m * num_global + documents.num_global_tokens, alignment)
-    # Token slots: of each document, the others, then nothing up to the next multiple of the alignment.
-    tokens_bm = _round_up(count(real_bl & ~global_bl), alignment)
-    token_start_bm = g + _starts(tokens_bm)
-    t = _round_up(length + min(m, length) * (alignment - 1), alignment)
-
-    ordinary_bl = real_bl & ~global_bl
+    # Global slots: of each document, its own, then its global tokens. Then all other tokens, then padding.
+    fewest, most = documents.num_global_tokens
+    g, t = m * num_global + most, length - fewest
+    own_bm, marked_bm = (count(real_bl) > 0) * num_global, count(global_bl)
+    own_start_bm = _starts(own_bm + marked_bm)
+    marked_start_bm = own_start_bm + own_bm - _starts(marked_bm)  # less those that the count below has passed
     slot_bl = torch.where(
         global_bl,
-        (global_start_bm + own_bm).gather(1, owner_bl) + rank(global_bl),
-        token_start_bm.gather(1, owner_bl) + rank(ordinary_bl),
+        marked_start_bm.gather(1, owner_bl) + global_bl.cumsum(1) - 1,
+        g + (~global_bl).cumsum(1) - 1,
     )
-    # Padding keeps slots of its own, after all documents: what a row's padding becomes is no other row's business.
-    padding_bl = g + tokens_bm.sum(1, keepdim=True) + (~real_bl).cumsum(1) - 1
-    slot_bl = torch.where(real_bl, slot_bl, padding_bl)
     nowhere = g + t
-    own_slot_bmg = global_start_bm[..., None] + torch.arange(num_global, device=device)
+    own_slot_bmg = own_start_bm[..., None] + torch.arange(num_global, device=device)
     own_slot_bn = torch.where((own_bm > 0)[..., None], own_slot_bmg, nowhere).flatten(1)
 
     # Where each slot's content stands in [tokens of all rows, nothing, global vectors].
@@ -164,7 +164,6 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
         position_bs=fill(0, documents.position_bl, torch.zeros_like(own_g)),
         num_global=g,
         num_documents=m,
-        alignment=alignment,
         _content_bs=fill(b * length, token_bl, own_g),
         _slot_bl=slot_bl + row_b1,
     )
@@ -172,7 +171,3 @@ def _lay_out(documents: Documents, num_global: int, alignment: int) -> Layout:
 
 def _starts(count_bm: Tensor) -> Tensor:
     return count_bm.cumsum(1) - count_bm
-
-
-def _round_up(value: Count, multiple: int) -> Count:
-    return -(-value // multiple) * multiple

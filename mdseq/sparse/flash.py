@@ -102,10 +102,6 @@ def attend_flash(
     layout: Layout,
     kernel: Kernel = TORCH_KERNEL,
 ) -> Tensor:
-    if layout.alignment != 1:
-        raise ValueError(
-            f"alignment = {layout.alignment}; this engine wants documents one right after the other: give 1"
-        )
     plan = FlashPlan.of(pattern, layout, q_bshd.shape[2])
     flat = (x_bshd.flatten(0, 1) for x_bshd in (q_bshd, k_bshd, v_bshd))
     out_nhd: Tensor = _Flash.apply(*flat, plan, kernel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -30,11 +29,6 @@ class Pattern:
             raise ValueError(f"window = {self.window}; give at least 1 key per side, or None for the whole document")
         if not self.dilations or min(self.dilations) < 1:
             raise ValueError(f"dilations = {self.dilations}; give at least one, each 1 or more")
-
-    @property
-    def stride(self) -> int:
-        """Documents that start at multiples of this fall into the residue classes of every dilation alike."""
-        return 1 if self.window is None else math.lcm(*self.dilations)
 
     @property
     def reach(self) -> int | None:

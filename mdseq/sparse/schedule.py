@@ -21,9 +21,9 @@ def layer_patterns(
 
     With "repeat", layer i takes entry i modulo the length. With "interpolate", the first entry falls on the first
     layer, the last on the last, the others evenly between; a layer between two entries takes the divisor of their
-    least common multiple that is nearest, by ratio, to where it stands between them. So 1 and 8 give 1, 2, 4, 8, and
-    no layer adds to the multiple at which all of them want documents to start. With fewer layers than entries, some
-    entries are not used.
+    least common multiple that is nearest, by ratio, to where it stands between them: 1 and 8 give 1, 2, 4, 8. So each
+    gap is a multiple of smaller ones, and what a layer brings together the next can carry on. With fewer layers than
+    entries, some entries are not used.
 
     Args:
         num_layers: Layers, at least one.

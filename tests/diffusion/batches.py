@@ -55,7 +55,9 @@ def make_batch(rows: Sequence[Sequence[tuple[int, int]]], row_length: int = 24, 
         micro_batches=1,
     )
     most = max(1, *(len(documents) for documents in rows))
-    return Batch(tokens_bl, document_bl, position_bl, target_bl, 10 + torch.arange(len(rows)), most, step, totals)
+    source_length_bm = torch.tensor([[source for source, _ in row] + [0] * (most - len(row)) for row in rows])
+    row_b = 10 + torch.arange(len(rows))
+    return Batch(tokens_bl, document_bl, position_bl, target_bl, row_b, source_length_bm, most, step, totals)
 
 
 def take_rows(batch: Batch, rows: Sequence[int], micro_batches: int | None = None) -> Batch:

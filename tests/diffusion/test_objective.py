@@ -159,7 +159,7 @@ def test_only_predictions_at_targets_count() -> None:
 
 def test_predictions_everywhere_count_as_published() -> None:
     batch = make_batch(PACKED)
-    for where in (batch.target_bl, ~batch.target_bl & batch.documents.real_bl, ~batch.documents.real_bl):
+    for where in (batch.target_bl, ~batch.target_bl & batch.documents().real_bl, ~batch.documents().real_bl):
         losses = []
         for junk in (0.0, 100.0):
             objective = tiny_objective("diffusion.objective=published")
@@ -221,7 +221,7 @@ def test_leading_source_tokens_are_global_and_none_is_counted_twice() -> None:
     objective(batch)
     hook.remove()
     (documents,) = seen
-    source = ~batch.target_bl & batch.documents.real_bl
+    source = ~batch.target_bl & batch.documents().real_bl
     assert torch.equal(documents.global_bl, source & (batch.position_bl < 2))
     assert documents.global_bl.any()
     layout = objective.denoiser.layout(documents)
@@ -275,7 +275,7 @@ def test_the_embedding_noise_is_that_of_the_first_timestep() -> None:
     """With alpha_0 z_0 + sigma_0 eps at t = 0, and all other timesteps unlikely."""
     objective, batch = tiny_objective("diffusion.objective=published"), make_batch(ONE_DOCUMENT_A_ROW)
     _, z_t, _, _ = observed(objective, batch)
-    source = batch.documents.real_bl & ~batch.target_bl
+    source = batch.documents().real_bl & ~batch.target_bl
     noise = (z_t - objective.denoiser.embedding(batch.tokens_bl))[source]
     sigma_0 = (1 - objective.schedule.alpha_bar_t[0]).sqrt().item()
     assert noise.std().item() == pytest.approx(sigma_0, rel=0.15)

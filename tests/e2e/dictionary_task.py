@@ -46,6 +46,7 @@ def batch_of(step: int, rows: int) -> Batch:
         position_bl=torch.arange(ROW).expand(rows, ROW),
         target_bl=target,
         row_b=torch.arange(rows) + step * rows,
+        source_length_bm=torch.full((rows, 1), LENGTH + 2),
         num_documents=1,
         step=step,
         totals=StepTotals(
@@ -102,7 +103,7 @@ def accuracy(objective: DiffusionObjective, num_steps: int = 20, **changes: Any)
         "schedule": objective.schedule,
         "tokens_bl": torch.where(batch.target_bl, SpecialToken.PAD, batch.tokens_bl),
         "target_bl": batch.target_bl,
-        "documents": batch.documents,
+        "documents": batch.documents(),
         "sample_b": batch.row_b,
         "options": SamplerOptions(num_steps),
     }

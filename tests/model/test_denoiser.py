@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
-from mdseq.model.source import mark_source
-from mdseq.sparse import Documents, Pattern
-from mdseq.sparse.documents import NO_DOCUMENT
+from mdseq.sparse import NO_DOCUMENT, Documents, Pattern
+from mdseq.sparse.documents import leading_source
 from mdseq.spec import load_spec
 
 VOCAB = 40
@@ -194,7 +193,8 @@ def test_one_layer_is_not_enough_for_a_global_token_to_pass_a_message_on() -> No
 def test_a_global_source_token_is_seen_at_once_by_its_whole_document() -> None:
     denoiser = tiny_denoiser("model.num_layers=1", "attention.num_global=0", "attention.num_source_global=2")
     target_bl = torch.arange(20)[None] >= 5
-    documents = mark_source(pack([[20]], 20), target_bl, denoiser.config.num_source_global)
+    documents = pack([[20]], 20)
+    documents = documents.marked(leading_source(documents, target_bl, denoiser.config.num_source_global))
     z_blz, time_bl = random_inputs(documents)
     out = denoiser(z_blz.requires_grad_(), time_bl, documents)
     (gradient,) = torch.autograd.grad(out[0, 15].square().sum(), z_blz)

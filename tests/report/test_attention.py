@@ -9,13 +9,11 @@ import matplotlib.image
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from mdseq.model.source import mark_source
 from mdseq.report.attention import AttentionRow, attention_table, packed
 from mdseq.report.attention_plot import plot_attention
 from mdseq.report.masks import cells_of, pooled_mask
@@ -29,7 +27,7 @@ def row_of(
     patterns: tuple[Pattern, ...] = HYBRID, lengths: tuple[int, ...] = (100,), num_global: int = 2, marked: int = 0
 ) -> AttentionRow:
     documents = packed(lengths)
-    documents = mark_source(documents, torch.zeros_like(documents.real_bl), marked)
+    documents = documents.marked(documents.position_bl < marked)
     return AttentionRow("a model", patterns, documents, num_global, num_heads=4, head_dim=16)
 
 

@@ -25,9 +25,9 @@ def pack(
             position_bl[row, start:end] = torch.arange(end - start)
             start = end
     marked_bl = torch.rand(b, row_length, generator=torch.Generator().manual_seed(row_length)) < marked_share
-    num_marked = int((marked_bl & (document_bl != NO_DOCUMENT)).sum(dim=1).max())
     document_bl, position_bl, marked_bl = (x.to(device) for x in (document_bl, position_bl, marked_bl))
-    return Documents(document_bl, position_bl, max(1, *map(len, lengths)), marked_bl, num_marked)
+    documents = Documents(document_bl, position_bl, max(1, *map(len, lengths)))
+    return documents.marked(marked_bl) if marked_share else documents
 
 
 @st.composite

@@ -16,7 +16,7 @@ from mdseq.sparse.reference import visible
 NUM_HEADS = 6
 
 
-def lay_out(rows: list[list[int]], num_global: int, alignment: int, marked: set[int]) -> Layout:
+def lay_out(rows: list[list[int]], num_global: int, marked: set[int]) -> Layout:
     """Rows of documents of the given lengths; the tokens at the `marked` places of each row are global."""
     row_length = max(sum(row) for row in rows) + 3
     document_bl = torch.full((len(rows), row_length), NO_DOCUMENT)
@@ -26,16 +26,14 @@ def lay_out(rows: list[list[int]], num_global: int, alignment: int, marked: set[
     global_bl = torch.zeros_like(document_bl, dtype=torch.bool)
     global_bl[:, [place for place in marked if place < row_length]] = True
     num_documents = max(1, *(len(row) for row in rows))
-    return Documents(
-        document_bl, torch.zeros_like(document_bl), num_documents, global_bl, num_global_tokens=len(marked)
-    ).layout(num_global, alignment)
+    documents = Documents(document_bl, torch.zeros_like(document_bl), num_documents)
+    return documents.marked(global_bl).layout(num_global)
 
 
 layouts = st.builds(
     lay_out,
     rows=st.lists(st.lists(st.integers(0, 30), max_size=4), min_size=1, max_size=3),
     num_global=st.integers(0, 3),
-    alignment=st.sampled_from([1, 4]),
     marked=st.sets(st.integers(0, 60), max_size=5),
 )
 patterns = st.builds(

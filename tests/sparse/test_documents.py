@@ -1,0 +1,77 @@
+"""Every token, and every document's own global slots, has one place in the layout, and finds its way back."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdseq.sparse import NO_DOCUMENT, Documents
+from mdseq.sparse.documents import leading_source
+from tests.sparse.layouts import pack
+
+
+def some_documents() -> tuple[Documents, torch.Tensor]:
+    """Three documents of 4, 1 and 0 source tokens and 2, 2 and 3 target tokens, then padding."""
+    target_bl = torch.tensor([[0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 0, 0]]).bool()
+    return pack([[6, 3, 3]], 14), target_bl
+
+
+def test_slots_are_those_of_the_documents_then_their_tokens_then_padding():
+    documents, _ = some_documents()
+    layout = documents.layout(num_global=2)
+    assert layout.num_global == 6
+    assert layout.document_bs[0].tolist() == [0, 0, 1, 1, 2, 2] + [0] * 6 + [1] * 3 + [2] * 3 + [NO_DOCUMENT] * 2
+    assert layout.position_bs[0].tolist() == [0] * 6 + [*range(6), *range(3), *range(3), 0, 0]
+
+
+def test_marked_tokens_move_to_the_global_slots_of_their_document():
+    documents, _ = some_documents()
+    marked_bl = torch.zeros(1, 14, dtype=torch.bool)
+    marked_bl[0, [1, 4, 10, 13]] = True  # the last is padding, and stays
+    layout = documents.marked(marked_bl).layout(num_global=1)
+    own, x = 100 + torch.zeros(1, 1), torch.arange(14.0)[None, :, None]
+    assert layout.to_slots(x, own)[0, :, 0].tolist() == [100, 1, 4, 100, 100, 10, 0, 2, 3, 5, 6, 7, 8, 9, 11, 12, 13]
+    assert layout.document_bs[0].tolist() == [0, 0, 0, 1, 2, 2] + [0] * 4 + [1] * 3 + [2] * 2 + [NO_DOCUMENT] * 2
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 9), max_size=5), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.integers(0, 3),
+)
+def test_tokens_come_back_from_their_slots(lengths, row_length, marked_share, num_global):
+    documents = pack(lengths, row_length, marked_share)
+    layout = documents.layout(num_global)
+    x_bld = torch.randn(len(lengths), row_length, 3)
+    x_bsd = layout.to_slots(x_bld, torch.full((num_global, 3), 7.0))
+    assert torch.equal(layout.to_tokens(x_bsd), x_bld)
+    present = torch.stack([(documents.document_bl == m).any(dim=1) for m in range(documents.num_documents)])
+    assert int((x_bsd == 7.0).all(dim=-1).sum()) == int(present.sum()) * num_global
+    assert int(layout.real_bs.sum()) == int(documents.real_bl.sum()) + int(present.sum()) * num_global
+    # Each document's slots stand together, among the global ones and among the others.
+    for region in (layout.document_bs[:, : layout.num_global], layout.document_bs[:, layout.num_global :]):
+        for row in region.tolist():
+            real = [document for document in row if document != NO_DOCUMENT]
+            assert real == sorted(real)
+            assert row == real + [NO_DOCUMENT] * (len(row) - len(real))
+
+
+def test_rows_of_equally_many_global_tokens_have_no_slot_to_spare():
+    documents = pack([[8], [3, 5]], 8)
+    layout = documents.marked(documents.position_bl < 2, None).layout(0)
+    assert documents.marked(documents.position_bl < 2).num_global_tokens == (2, 4)
+    assert layout.document_bs.shape == (2, 4 + 6)
+
+
+def test_a_layout_is_made_once_for_all_who_ask():
+    documents, _ = some_documents()
+    assert documents.layout(2) is documents.layout(2)
+    assert documents.layout(2) is not documents.layout(1)
+
+
+def test_the_leading_source_is_what_is_not_to_be_generated():
+    documents, target_bl = some_documents()
+    for count, expected in ((1, [0, 6]), (2, [0, 1, 6]), (9, [0, 1, 2, 3, 6])):
+        assert leading_source(documents, target_bl, count)[0].nonzero().flatten().tolist() == expected

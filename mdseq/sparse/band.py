@@ -6,6 +6,7 @@ j tokens of a residue class, x blocks of a tile, c block length, k keys that a b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,13 +90,18 @@ class Band:
             tiles.append(tuple(tile for residue, one in enumerate(row) for tile in one.tiles(residue, band_ck)))
         return cls(g, dilation, block, halo, length, tuple(tiles))
 
+    @property
+    def most_shared(self) -> int:
+        """The most global slots that a tile's queries meet."""
+        return max((tile.shared.length for row in self.tiles for tile in row if tile.shared), default=0)
+
     def blocks(self, x_rhje: Tensor, tile: BandTile, heads: slice) -> Tensor:
         """The tile's queries in a buffer without halos, [h, x, c, e]: a view."""
         return x_rhje[tile.residue, heads, tile.queries].unflatten(1, (-1, self.block))
 
     def classes(self, x_she: Tensor, x_rhje: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Views of the same tokens among all slots and in a buffer, with or without halos, by residue class."""
-        halo = (x_rhje.shape[2] - self.length) // 2
+        halo = self.halo if x_rhje.shape[2] > self.length else 0
         for residue in range(self.dilation):
             tokens_hje = x_she[self.num_global + residue :: self.dilation].transpose(0, 1)
             yield tokens_hje, x_rhje[residue, :, halo : halo + tokens_hje.shape[1]]
@@ -125,7 +131,10 @@ class Buffers:
         key = (name, like_she.shape, band.dilation)
         if key not in self._buffers:
             _, h, e = like_she.shape
-            self._buffers[key] = like_she.new_zeros(band.dilation, h, halo + band.length + halo, e)
+            shape = (band.dilation, h, halo + band.length + halo, e)
+            # Rows behind the last, which scores may be computed of before those of global keys take their place.
+            memory = like_she.new_zeros(math.prod(shape) + band.most_shared * e)
+            self._buffers[key] = memory[: math.prod(shape)].view(shape)
         return self._buffers[key]
 
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Scores that a tile should hold at most: few enough for the second level of a processor's cache.
-TILE_SCORES = 2**18
+# Scores that a tile should hold at most: few enough for a processor's cache, enough to make a call worth its while.
+TILE_SCORES = 2**20
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class KeySet(Protocol):
         """Added to the scores, broadcast to [h, x, c, k]: 0 where a query sees a key, -inf where not; None for 0."""
         ...
 
-    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
-        """plus + scale * left rows^T, of every block with the rows that it meets: [h, x, c, k]."""
+    def scores(self, left_hxce: Tensor, rows_hse: Tensor, scale: float, plus: Tensor | None, spare: int = 0) -> Tensor:
+        """scale * left rows^T + plus, of every block with the rows that it meets: [h, x, c, k + spare].
+
+        The last `spare` columns may hold anything.
+        """
         ...
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
@@ -85,15 +89,16 @@ class Sliding:
     length: int
     bias: Tensor | None
 
-    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
-        rows_hxke = self._stretches(rows_hse, 0, 1, left_hxce.shape[1])
-        scores_hxck = plus.new_empty(*left_hxce.shape[:3], self.length).copy_(plus)
+    def scores(self, left_hxce: Tensor, rows_hse: Tensor, scale: float, plus: Tensor | None, spare: int = 0) -> Tensor:
+        # A product with a few rows more costs less than to copy it into something wider.
+        rows_hxke = self._stretches(rows_hse, 0, 1, left_hxce.shape[1], self.length + spare)
+        scores_hxck = _start(left_hxce, self.length, plus, spare)
         left, right = left_hxce.flatten(0, 1), rows_hxke.flatten(0, 1).transpose(1, 2)
-        scores_hxck.flatten(0, 1).baddbmm_(left, right, alpha=scale)
+        scores_hxck.flatten(0, 1).baddbmm_(left, right, beta=0.0 if plus is None else 1.0, alpha=scale)
         return scores_hxck
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
-        rows_hxke = self._stretches(rows_hse, 0, 1, weight_hxck.shape[1])
+        rows_hxke = self._stretches(rows_hse, 0, 1, weight_hxck.shape[1], self.length)
         out = torch.bmm(weight_hxck.flatten(0, 1), rows_hxke.flatten(0, 1))
         return out.unflatten(0, rows_hxke.shape[:2])
 
@@ -102,17 +107,17 @@ class Sliding:
         every = -(-self.length // self.step)
         for first in range(min(every, weight_hxck.shape[1])):
             weight, right = weight_hxck[:, first::every].transpose(2, 3), right_hxce[:, first::every]
-            total_hxke = self._stretches(total_hse, first, every, weight.shape[1])
+            total_hxke = self._stretches(total_hse, first, every, weight.shape[1], self.length)
             if len(weight) == 1:
                 total_hxke[0].baddbmm_(weight[0], right[0])
             else:
                 total_hxke.add_(torch.matmul(weight, right))
 
-    def _stretches(self, rows_hse: Tensor, first: int, every: int, count: int) -> Tensor:
+    def _stretches(self, rows_hse: Tensor, first: int, every: int, count: int, length: int) -> Tensor:
         """What the blocks `first`, `first + every`, ... meet: [h, x, k, e], overlapping views of the rows."""
         head, row, column = rows_hse.stride()
         offset = rows_hse.storage_offset() + (self.first + first * self.step) * row
-        shape = (len(rows_hse), count, self.length, rows_hse.shape[2])
+        shape = (len(rows_hse), count, length, rows_hse.shape[2])
         return rows_hse.as_strided(shape, (head, every * self.step * row, row, column), offset)
 
 
@@ -127,11 +132,11 @@ class Shared:
     def length(self) -> int:
         return self.rows.stop - self.rows.start
 
-    def scores(self, plus: Tensor, left_hxce: Tensor, rows_hse: Tensor, scale: float) -> Tensor:
-        scores_hxck = plus.new_empty(*left_hxce.shape[:3], self.length).copy_(plus)
-        rows_hek = rows_hse[:, self.rows].transpose(1, 2)
-        scores_hxck.flatten(1, 2).baddbmm_(left_hxce.flatten(1, 2), rows_hek, alpha=scale)
-        return scores_hxck
+    def scores(self, left_hxce: Tensor, rows_hse: Tensor, scale: float, plus: Tensor | None, spare: int = 0) -> Tensor:
+        scores_hxck = _start(left_hxce, self.length, plus)
+        left, right = left_hxce.flatten(1, 2), rows_hse[:, self.rows].transpose(1, 2)
+        scores_hxck.flatten(1, 2).baddbmm_(left, right, beta=0.0 if plus is None else 1.0, alpha=scale)
+        return F.pad(scores_hxck, (0, spare)) if spare else scores_hxck
 
     def mix(self, weight_hxck: Tensor, rows_hse: Tensor) -> Tensor:
         out = torch.bmm(weight_hxck.flatten(1, 2), rows_hse[:, self.rows])
@@ -172,7 +177,7 @@ def add_gradients(
     scale = q_hxce.shape[-1] ** -0.5
     grad_q_hxce, scaled_q_hxce = torch.zeros_like(q_hxce), q_hxce * scale
     for p_hxck, (keys, rows), total in zip(_probabilities(q_hxce, sources), sources, totals, strict=True):
-        ds_hxck = keys.scores(-delta_hxc1, grad_hxce, rows.v, 1.0).mul_(p_hxck)
+        ds_hxck = keys.scores(grad_hxce, rows.v, 1.0, -delta_hxc1).mul_(p_hxck)
         keys.add_rows(total.v, p_hxck, grad_hxce)
         keys.add_rows(total.k, ds_hxck, scaled_q_hxce)
         grad_q_hxce.add_(keys.mix(ds_hxck, rows.k), alpha=scale)
@@ -181,18 +186,25 @@ def add_gradients(
 
 def _probabilities(q_hxce: Tensor, sources: Sequence[Source]) -> Sequence[Tensor]:
     """[h, x, c, k] of each source; together they sum to 1."""
-    nothing, scale = q_hxce.new_zeros(()), q_hxce.shape[-1] ** -0.5
-    scores = [
-        keys.scores(nothing if keys.bias is None else keys.bias.to(q_hxce.dtype), q_hxce, rows.k, scale)
-        for keys, rows in sources
-    ]
-    if len(scores) == 1:
-        return [scores[0].softmax(dim=-1)]
-    return torch.cat(scores, dim=-1).softmax(dim=-1).split([keys.length for keys, _ in sources], dim=-1)
+    scale = q_hxce.shape[-1] ** -0.5
+    lengths = [keys.length for keys, _ in sources]
+    (first, rows), *others = sources
+    scores_hxck = first.scores(q_hxce, rows.k, scale, first.bias, spare=sum(lengths[1:]))
+    for part, (keys, rows) in zip(scores_hxck.split(lengths, dim=-1)[1:], others, strict=True):
+        part.copy_(keys.scores(q_hxce, rows.k, scale, keys.bias))
+    return scores_hxck.softmax(dim=-1).split(lengths, dim=-1)
+
+
+def _start(left_hxce: Tensor, num_keys: int, plus: Tensor | None, spare: int = 0) -> Tensor:
+    """What a product is added to, [h, x, c, k + spare]: `plus`, if that is given, in the first k columns."""
+    memory_hxck = left_hxce.new_empty(*left_hxce.shape[:3], num_keys + spare)
+    if plus is not None:
+        memory_hxck[..., :num_keys].copy_(plus)
+    return memory_hxck
 
 
 def head_groups(num_heads: int, size_of_one: int, limit: int) -> Iterator[slice]:
-    """As many heads at a time as stay within a limit, at least one."""
-    size = max(1, limit // size_of_one)
-    for first in range(0, num_heads, size):
-        yield slice(first, min(first + size, num_heads))
+    """As many heads at a time as stay within a limit, at least one; groups as equal as can be."""
+    num_groups = -(-num_heads // max(1, limit // size_of_one))
+    for group in range(num_groups):
+        yield slice(group * num_heads // num_groups, (group + 1) * num_heads // num_groups)

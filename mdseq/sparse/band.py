@@ -29,6 +29,8 @@ from mdseq.sparse.tiles import (
 
 MIN_BLOCK, MAX_BLOCK = 32, 128
 MAX_SHARED_GLOBALS = 64
+# Several heads at a time need a copy of their overlapping keys, which pays for itself where one has fewer scores.
+SMALL_TILE_SCORES = 2**18
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _tiles(band: Band, row: int, num_heads: int) -> Iterator[tuple[BandTile, sli
     for tile in band.tiles[row]:
         num_keys = tile.window.length + (tile.shared.length if tile.shared else 0)
         scores = (tile.queries.stop - tile.queries.start) * num_keys
-        for some in head_groups(num_heads, scores, TILE_SCORES):
+        for some in head_groups(num_heads, scores, SMALL_TILE_SCORES):
             yield tile, some
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention_gpu [--only window,dilation] [--json FILE] [--dry_run]
 
-Only pairs that the pattern makes visible count as useful: 4 d FLOPs a pair and head forward, 3.5 times that forward and
-backward. The target is 0.70 of the dense kernel's rate in the same run, over the tile factor 1.25 that a window of 256
-costs in blocks of 128, and the rate of FlexAttention. Times are medians by CUDA events, in bf16.
+Only pairs that the pattern makes visible count as useful (`mdseq/sparse/count.py`). The target is 0.70 of the dense
+kernel's rate in the same run, over the tile factor 1.25 that a window of 256 costs in blocks of 128, and the rate of
+FlexAttention. Times are medians by CUDA events, in bf16.
 
 Shapes: b batch (1), s slots, h heads, d head dimension.
 """
@@ -30,10 +30,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mdseq.errors import UserError, exit_status
 from mdseq.sparse import Documents, Pattern, attend
+from mdseq.sparse.count import BACKWARD_TO_FORWARD, forward_flops, visible_pairs
 
 HIDDEN = 1024
 TARGET_OF_DENSE, TILE_FACTOR = 0.70, 1.25
-BACKWARD = 2.5  # FLOPs of the backward pass over those of the forward pass
 LONGEST_DENSE_BACKWARD = 16384
 PLAIN_FLEX = "plain flex"  # FlexAttention over the original order: the way without a library of ours
 ALL = (PLAIN_FLEX, "flex", "flash")
@@ -61,11 +61,15 @@ class Case:
     def pattern(self) -> Pattern:
         return Pattern(self.window, (self.dilation,))
 
-    def useful_pairs(self) -> int:
-        """Visible pairs of a query and a key, of one head, in one document that fills the row."""
-        n, g, d = self.tokens, self.num_global, self.dilation
-        steps = range(1, self.window + 1)
-        return n + 2 * sum(max(0, n - step * d) for step in steps) + g * (2 * n + g)
+    @property
+    def documents(self) -> Documents:
+        """One that fills the row."""
+        return Documents.whole(torch.tensor([self.tokens]), self.tokens)
+
+    def useful_flops(self) -> int:
+        """Of the forward pass, all heads."""
+        pairs = visible_pairs(self.pattern, self.documents.layout(self.num_global), self.num_heads)
+        return forward_flops(int(pairs), self.head_dim)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,7 @@ class Bench:
 def ours(engine: str, case: Case, bench: Bench) -> tuple[Attention, int]:
     """An engine of ours and the number of its slots."""
     documents = Documents.whole(torch.tensor([case.tokens], device=bench.device), case.tokens)
-    layout = documents.layout(case.num_global, alignment=case.pattern.stride)
+    layout = documents.layout(case.num_global)
     name = "banded" if bench.dry else engine
     return (lambda q, k, v: attend(q, k, v, case.pattern, layout, engine=name)), layout.document_bs.shape[1]
 
@@ -181,9 +185,8 @@ def timed(bench: Bench, attention: Attention, case: Case, slots: int, backward: 
     return forward, bench.milliseconds(lambda: torch.autograd.grad(attention(*inputs), inputs, gradient))
 
 
-def result(case: Case, engine: str, pairs: int, forward: float, both: float | None) -> Result:
-    flops = 4 * case.head_dim * case.num_heads * pairs
-    both_rate = None if both is None else (1 + BACKWARD) * flops / both / 1e9
+def result(case: Case, engine: str, flops: int, forward: float, both: float | None) -> Result:
+    both_rate = None if both is None else (1 + BACKWARD_TO_FORWARD) * flops / both / 1e9
     return Result(case, engine, forward, both, flops / forward / 1e9, both_rate)
 
 
@@ -209,7 +212,7 @@ def dense_results(bench: Bench, chosen: Sequence[Case]) -> dict[tuple[int, int],
         case = Case("dense", tokens, head_dim=head_dim)
         backward = tokens <= LONGEST_DENSE_BACKWARD
         times = timed(bench, dense(bench), case, tokens, backward)
-        results[head_dim, tokens] = result(case, "dense", tokens**2, *times)
+        results[head_dim, tokens] = result(case, "dense", forward_flops(tokens**2 * case.num_heads, head_dim), *times)
     return results
 
 
@@ -218,11 +221,11 @@ def compare(bench: Bench, chosen: Sequence[Case]) -> Iterator[Result]:
     of_dense = dense_results(bench, chosen)
     yield from of_dense.values()
     for case in chosen:
-        pairs, rival = case.useful_pairs(), None
+        flops, rival = case.useful_flops(), None
         for engine in case.engines:
             attention, slots = plain_flex(case, bench) if engine == PLAIN_FLEX else ours(engine, case, bench)
             backward = engine != PLAIN_FLEX or not bench.dry  # it has no backward pass on a CPU
-            measured = result(case, engine, pairs, *timed(bench, attention, case, slots, backward))
+            measured = result(case, engine, flops, *timed(bench, attention, case, slots, backward))
             rival = measured if rival is None and engine != "flash" else rival
             yield against(measured, of_dense, rival)
         torch.compiler.reset()  # the next shape is no recompile of this one

@@ -84,8 +84,8 @@ class AttentionSpec(Section):
         description="leading source tokens of each document that are global too, such as a question or the text to "
         "rewrite (sparse only)",
     )
-    engine: Literal["auto", "reference", "banded", "flash", "flex"] = Field(
-        "auto", description="implementation; reference is the dense definition, for checking; flash and flex need CUDA"
+    engine: Literal["auto", "reference", "dense", "banded", "fused", "flash", "flex"] = Field(
+        "auto", description="implementation: auto is the fastest that can run; see docs/attention.md"
     )
 
     @property

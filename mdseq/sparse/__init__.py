@@ -1,7 +1,7 @@
 """Sparse attention as a small library: a pattern as data, one call, engines that agree.
 
-    layout = documents.layout(num_global=8)
-    out_bshd = attend(q_bshd, k_bshd, v_bshd, Pattern(window=256, dilations=(2,)), layout)
+layout = documents.layout(num_global=8)
+out_bshd = attend(q_bshd, k_bshd, v_bshd, Pattern(window=256, dilations=(2,)), layout)
 """
 
 from mdseq.sparse.attend import attend

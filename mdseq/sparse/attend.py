@@ -5,22 +5,34 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mdseq.sparse.banded import attend_banded
+from mdseq.sparse.dense import attend_dense
 from mdseq.sparse.documents import Layout
 from mdseq.sparse.flash import attend_flash
 from mdseq.sparse.flex import attend_flex
+from mdseq.sparse.fused import HEAD_DIMS, attend_fused
 from mdseq.sparse.pattern import Pattern
 from mdseq.sparse.reference import attend_reference
 
-ENGINES = {"reference": attend_reference, "banded": attend_banded, "flash": attend_flash, "flex": attend_flex}
-FASTEST_FIRST = ("flash", "flex", "banded")
+ENGINES = {
+    "reference": attend_reference,
+    "dense": attend_dense,
+    "banded": attend_banded,
+    "fused": attend_fused,
+    "flash": attend_flash,
+    "flex": attend_flex,
+}
+FASTEST_FIRST = ("fused", "flash", "flex", "banded")
 # The flash kernel visits as many blocks for each document as for the longest there could be, though most are empty.
 # On an H100, from about this many documents a row on, that costs more than what FlexAttention is slower by.
 MANY_DOCUMENTS = 128
+# On a CPU, up to about this many slots all pairs cost less than to tell them apart.
+SHORT_ROW = 320
 
 log = logging.getLogger("mdseq.sparse")
 
@@ -54,22 +66,41 @@ class Call:
     Attributes:
         capability: Of a GPU, (major, minor); (0, 0) elsewhere.
         needs_gradient: Whether a backward pass may follow.
+        num_slots: Of a row.
         num_documents: Of a row, at most.
+        has_triton: Whether there is a compiler for kernels of our own.
     """
 
     device_type: str
     dtype: torch.dtype
     head_dim: int
     needs_gradient: bool
-    capability: tuple[int, int] = (0, 0)
+    num_slots: int
     num_documents: int = 1
+    capability: tuple[int, int] = (0, 0)
+    has_triton: bool = False
 
     @classmethod
     def of(cls, q_bshd: Tensor, k_bshd: Tensor, v_bshd: Tensor, layout: Layout) -> Call:
-        device = q_bshd.device
         needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q_bshd, k_bshd, v_bshd))
+        _, s, _, d = q_bshd.shape
+        return cls.on(q_bshd.device, q_bshd.dtype, d, needs_gradient, s, layout.num_documents)
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int,
+        needs_gradient: bool,
+        num_slots: int,
+        num_documents: int = 1,
+    ) -> Call:
+        """On a device of this machine."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-        return cls(device.type, q_bshd.dtype, q_bshd.shape[3], needs_gradient, capability, layout.num_documents)
+        return cls(
+            device.type, dtype, head_dim, needs_gradient, num_slots, num_documents, capability, has_triton=_has_triton()
+        )
 
 
 @dataclass(frozen=True)
@@ -100,11 +131,12 @@ def choose(engine: str, call: Call) -> Choice:
 def _fastest(call: Call) -> Choice:
     if call.device_type != "cuda":
         # FlexAttention would run on a CPU too, but only forward: training and sampling shall use the same engine.
-        return Choice("banded", "no GPU")
-    if call.num_documents > MANY_DOCUMENTS and _obstacle("flex", call) is None:
-        return Choice("flex", f"more than {MANY_DOCUMENTS} documents a row")
+        return Choice("dense", "no GPU, short rows") if call.num_slots <= SHORT_ROW else Choice("banded", "no GPU")
     obstacles: list[str] = []
     for engine in FASTEST_FIRST:
+        if engine == "flash" and call.num_documents > MANY_DOCUMENTS and _obstacle("flex", call) is None:
+            obstacles.append(f"flash: slow with more than {MANY_DOCUMENTS} documents a row")
+            continue
         obstacle = _obstacle(engine, call)
         if obstacle is None:
             return Choice(engine, "; ".join(obstacles) or f"{_name(call.dtype)} on a GPU")
@@ -115,6 +147,17 @@ def _fastest(call: Call) -> Choice:
 def _obstacle(engine: str, call: Call) -> str | None:
     """Why an engine cannot run, or None if it can."""
     on_gpu = call.device_type == "cuda"
+    if engine == "fused":
+        if not on_gpu:
+            return "no GPU"
+        if not call.has_triton:
+            return "triton is not installed"
+        if call.capability < (8, 0):
+            return f"it needs a GPU of compute capability 8.0 or more, this one has {_version(call.capability)}"
+        if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            return f"it needs bfloat16, float16 or float32, not {_name(call.dtype)}"
+        if call.head_dim not in HEAD_DIMS:
+            return f"it needs a head dimension of {', '.join(map(str, HEAD_DIMS))}, not {call.head_dim}"
     if engine == "flash":
         if not on_gpu:
             return "no GPU"
@@ -142,6 +185,11 @@ def _name(dtype: torch.dtype) -> str:
 
 def _version(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 @cache

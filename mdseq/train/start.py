@@ -22,6 +22,7 @@ from mdseq.errors import UserError
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
+from mdseq.sparse.attend import Call, Choice, choose
 from mdseq.spec import RunSpec
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook
 from mdseq.train.loop import Hook, Trainer
@@ -77,6 +78,9 @@ def train(plan: RunPlan) -> None:
 
 def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     spec, corpus = plan.spec, plan.corpus
+    attention = choose_attention(spec, device)
+    if dist.get_rank() == 0:
+        print(f"attention engine: {attention.engine} ({attention.reason})", flush=True)
     torch.manual_seed(spec.seed)  # the same initial weights on every rank
     objective = DiffusionObjective(spec, corpus.manifest.vocab_size, device)
     engine = build_engine(objective, plan.engine)
@@ -96,6 +100,17 @@ def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     if plan.resume_from is not None:
         trainer.load_state_dict(load_checkpoint(plan.resume_from, engine, trainer.average))
     return trainer
+
+
+def choose_attention(spec: RunSpec, device: torch.device) -> Choice:
+    """The engine that attention will take. Raises UserError: the one that is asked for cannot run."""
+    dtype = torch.bfloat16 if spec.optimiser.precision == "bf16" else torch.float32
+    head_dim = spec.model.hidden_dim // spec.model.num_heads
+    call = Call.on(device, dtype, head_dim, needs_gradient=True, num_slots=spec.data.row_length)
+    try:
+        return choose(spec.attention.engine, call)
+    except ValueError as error:
+        raise UserError(f"attention.engine: {error}") from None
 
 
 def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:

@@ -42,10 +42,11 @@ def patterns(draw: st.DrawFn) -> Pattern:
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
+@pytest.mark.parametrize("engine", ["dense", "banded"])
 @settings(max_examples=100)
 @given(layouts(max_length=150), patterns(), st.sampled_from(list(TOLERANCE)), st.integers(0, 9))
-def test_banded_equals_the_definition(layout, pattern, dtype, seed):
-    assert_equal(run("banded", layout, pattern, seed, dtype), layout, pattern, seed, TOLERANCE[dtype])
+def test_an_engine_equals_the_definition(engine, layout, pattern, dtype, seed):
+    assert_equal(run(engine, layout, pattern, seed, dtype), layout, pattern, seed, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,8 @@ def test_a_slice_of_a_row_with_its_halos_gives_what_the_whole_row_gives():
     part = pack([[last - first + 2 * halo]], last - first + 2 * halo).layout()
     outer = slice(first - halo, last + halo)
     pattern = Pattern(window, (dilation,))
-    expected = attend(q, k, v, pattern, whole)[:, first:last]
-    found = attend(q[:, outer], k[:, outer], v[:, outer], pattern, part)[:, halo:-halo]
+    expected = attend(q, k, v, pattern, whole, "banded")[:, first:last]
+    found = attend(q[:, outer], k[:, outer], v[:, outer], pattern, part, "banded")[:, halo:-halo]
     assert torch.allclose(found, expected, rtol=0, atol=1e-14)
 
 
@@ -126,7 +127,7 @@ def test_a_window_is_cut_at_its_document_and_at_its_dilation():
     assert not seen[2 + 10].any()
 
 
-@pytest.mark.parametrize("engine", ["banded", "reference"])
+@pytest.mark.parametrize("engine", ["banded", "dense", "reference"])
 @pytest.mark.parametrize("pattern", [Pattern(None), Pattern(3), Pattern(2, dilations=(3,))])
 def test_documents_do_not_leak(engine, pattern):
     """The gradient of one document's output with respect to another's inputs is exactly zero."""
@@ -140,7 +141,7 @@ def test_documents_do_not_leak(engine, pattern):
         assert gradient[~mine].abs().sum() == 0
 
 
-@pytest.mark.parametrize("engine", ["banded", "reference"])
+@pytest.mark.parametrize("engine", ["banded", "dense", "reference"])
 def test_rows_with_nothing_to_attend_to_give_zeros_and_finite_gradients(engine):
     layout = pack([[], [5]], 40).layout(2)
     outputs = run(engine, layout, Pattern(window=4), seed=0, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The engines `flash` and `flex` on a GPU, against the definition in float64, forward and backward."""
+"""The engines `fused`, `flash` and `flex` on a GPU, against the definition in float64, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,14 +12,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from mdseq.sparse import Layout, Pattern, attend, segments
+from mdseq.sparse import Layout, Pattern, attend, fused, segments
 from mdseq.sparse.reference import attend_reference, visible
 from tests.sparse.layouts import layouts, pack
 
+triton = pytest.importorskip("triton", reason="comes with torch for GPUs")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HEADS, HEAD_DIM = 4, 64
-ENGINES = [("flash", torch.bfloat16), ("flex", torch.bfloat16), ("flex", torch.float32)]
+ENGINES = [
+    ("fused", torch.bfloat16),
+    ("fused", torch.float32),
+    ("flash", torch.bfloat16),
+    ("flex", torch.bfloat16),
+    ("flex", torch.float32),
+]
+# Types and head dimensions in which an engine is compared with dense attention of the same type.
+LOW_PRECISION = [
+    ("fused", [(torch.bfloat16, 64), (torch.float16, 64), (torch.bfloat16, 128), (torch.bfloat16, 16)]),
+    ("flash", [(torch.bfloat16, 64), (torch.float16, 64), (torch.bfloat16, 128), (torch.bfloat16, 40)]),
+]
 PATTERNS = [Pattern(3), Pattern(64), Pattern(20, (3,)), Pattern(1000), Pattern(None)]
 # Of three documents a row, so that all have layouts of the same shape.
 LENGTHS = [[[300, 20, 100], [500, 0, 0]], [[1, 0, 250], [0, 0, 0]], [[130, 0, 0], [7, 160, 200]]]
@@ -86,6 +98,7 @@ def assert_as_exact_as_dense(ours: list[Tensor], inputs: list[Tensor], pattern: 
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
 
 
+@pytest.mark.parametrize(("engine", "kinds"), LOW_PRECISION, ids=["fused", "flash"])
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     layouts(max_length=700, device="cuda"),
@@ -95,15 +108,16 @@ def assert_as_exact_as_dense(ours: list[Tensor], inputs: list[Tensor], pattern: 
         dilations=st.sampled_from([(1,), (2,), (5,), (1, 3), (4, 1, 1, 2), (100,)]),
     ),
     st.sampled_from([128, 2048]),
-    st.sampled_from([(torch.bfloat16, 64), (torch.float16, 64), (torch.bfloat16, 128), (torch.bfloat16, 40)]),
+    st.integers(0, 3),
     st.integers(0, 9),
 )
-def test_flash_is_as_exact_as_dense_attention(layout, pattern, min_piece, dtype_and_head_dim, seed):
-    inputs = random_inputs(layout, dtype_and_head_dim[0], seed, dtype_and_head_dim[1])
+def test_is_as_exact_as_dense_attention(engine, kinds, layout, pattern, min_piece, kind, seed):
+    inputs = random_inputs(layout, kinds[kind][0], seed, kinds[kind][1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "MIN_PIECE", min_piece)
+        patch.setattr(fused, "MIN_PIECE", min_piece)
         fill_free_memory_with_nan()
-        ours = outcome(by("flash"), inputs, pattern, layout)
+        ours = outcome(by(engine), inputs, pattern, layout)
     assert_as_exact_as_dense(ours, inputs, pattern, layout)
 
 
@@ -123,6 +137,39 @@ def test_flex_equals_the_definition_and_compiles_once(dtype, num_global):
             for one, best in zip(ours, exact_outcome(inputs, pattern, layout), strict=True):
                 assert (one - best).abs().max() <= 1e-5 * best.abs().max()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_global", [0, 3, 20])
+def test_fused_equals_the_definition_and_compiles_once(dtype, num_global, monkeypatch):
+    """... that is, the kernels that the first layout needs, for any window, dilation, batch of documents."""
+    compiled: list[object] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **compilation: compiled.append(compilation))
+    kernels_needed = None
+    for pattern in PATTERNS:
+        for seed, lengths in enumerate(LENGTHS):
+            layout = pack(lengths, 500 + 3 * seed, device="cuda").layout(num_global)
+            inputs = random_inputs(layout, dtype, seed)
+            ours = outcome(by("fused"), inputs, pattern, layout)
+            kernels_needed = kernels_needed or len(compiled)
+            if dtype == torch.bfloat16:
+                assert_as_exact_as_dense(ours, inputs, pattern, layout)
+                continue
+            for one, best in zip(ours, exact_outcome(inputs, pattern, layout), strict=True):
+                assert (one - best).abs().max() <= 1e-5 * best.abs().max()
+    assert len(compiled) == (kernels_needed or 0) <= 8
+
+
+def test_fused_is_deterministic_and_takes_slices_of_one_projection():
+    layout = pack([[300, 20, 100], [500]], 500, marked_share=0.02, device="cuda").layout(2)
+    q, k, v, grad = random_inputs(layout, torch.bfloat16)
+    pattern = Pattern(20, (1, 3))
+    ours = outcome(by("fused"), [q, k, v, grad], pattern, layout)
+    projected = torch.stack([q, k, v], dim=2).requires_grad_()
+    out = attend(*projected.unbind(2), pattern, layout, "fused")
+    (gradient,) = torch.autograd.grad(out, projected, grad.transpose(2, 3).contiguous().transpose(2, 3))
+    for one, other in zip(ours, [out, *gradient.unbind(2)], strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(("engine", "dtype"), ENGINES)

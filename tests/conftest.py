@@ -10,9 +10,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from data_prep.run import Where, build
-from data_prep.spec import load_prep_spec
-
 WORDS = ("the river runs past an old mill where seven grey cats watch silver fish and dream of snow").split()  # noqa: SIM905
 
 # Busy machines make deadlines fail, and an example that fails once should fail again.
@@ -28,6 +25,10 @@ def _sentence(rng: random.Random, num_words: int) -> str:
 
 
 def _built(folder: Path) -> Path:
+    # Here, so that tests of a few packages run where not everything is installed.
+    from data_prep.run import Where, build
+    from data_prep.spec import load_prep_spec
+
     spec = load_prep_spec([str(folder / "in.jsonl")], {}, {}, ["vocabulary.size=600", "splits.valid_fraction=0.05"])
     build(spec, folder / "data", Where(workers=1))
     return folder / "data"

@@ -44,7 +44,7 @@ class Sizes:
     compared: tuple[int, ...] = (1024, 2048, 4096, 8192)
     grown: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536, 131072)
     forward: int = 65536
-    repeats: int = 3
+    repeats: int = 5
 
 
 QUICK = Sizes(compared=(512, 1024), grown=(512, 1024), forward=2048, repeats=1)

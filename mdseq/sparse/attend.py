@@ -121,10 +121,10 @@ def choose(engine: str, call: Call) -> Choice:
         return _fastest(call)
     able = [name for name in ENGINES if _obstacle(name, call) is None]
     if engine not in ENGINES:
-        raise ValueError(f"attention engine {engine!r} does not exist; give auto, {', '.join(ENGINES)}")
+        raise ValueError(f"engine {engine!r} does not exist; give auto, {', '.join(ENGINES)}")
     obstacle = _obstacle(engine, call)
     if obstacle is not None:
-        raise ValueError(f"attention engine {engine} cannot run: {obstacle}; give auto, {', '.join(able)}")
+        raise ValueError(f"{engine} cannot run: {obstacle}; give auto, {', '.join(able)}")
     return Choice(engine, "asked for")
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from mdseq.data.corpus import Corpus
 from mdseq.engine.config import EngineConfig
+from mdseq.errors import UserError
 from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.settings import Resolved
 from mdseq.spec import RunSpec
+from mdseq.train.attention import choose_attention
 from mdseq.train.rows import Rows
 
 ASSUMED_VOCAB_SIZE = 16_384
@@ -44,6 +47,7 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     size.add_row("  active per token", f"{parameters.active:,}")
     attention = attention_cost(config, spec.data.row_length)
     size.add_row("attention per row, forward", f"{attention.flops / 1e9:,.1f} GFLOP, {attention.of_dense:.1%} of dense")
+    size.add_row("  engine on this machine", _attention_engine(spec))
     size.add_row("ranks", f"{engine.num_ranks}, experts spread over {engine.expert_parallel_size}")
     size.add_row("micro-batches per rank and step", f"{engine.micro_batches}")
     size.add_row("rows", rows)
@@ -60,3 +64,12 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     estimate.add_section()
     estimate.add_row("sum", f"{sum(memory.values()):.3f}")
     console.print(estimate)
+
+
+def _attention_engine(spec: RunSpec) -> str:
+    """What attention would take here, or why not: the run itself may be meant for another machine."""
+    try:
+        choice = choose_attention(spec, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except UserError as error:
+        return str(error)
+    return f"{choice.engine} ({choice.reason})"

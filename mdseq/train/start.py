@@ -22,8 +22,8 @@ from mdseq.errors import UserError
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
-from mdseq.sparse.attend import Call, Choice, choose
 from mdseq.spec import RunSpec
+from mdseq.train.attention import choose_attention
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook
 from mdseq.train.loop import Hook, Trainer
 from mdseq.train.rows import Rows
@@ -100,17 +100,6 @@ def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
     if plan.resume_from is not None:
         trainer.load_state_dict(load_checkpoint(plan.resume_from, engine, trainer.average))
     return trainer
-
-
-def choose_attention(spec: RunSpec, device: torch.device) -> Choice:
-    """The engine that attention will take. Raises UserError: the one that is asked for cannot run."""
-    dtype = torch.bfloat16 if spec.optimiser.precision == "bf16" else torch.float32
-    head_dim = spec.model.hidden_dim // spec.model.num_heads
-    call = Call.on(device, dtype, head_dim, needs_gradient=True, num_slots=spec.data.row_length)
-    try:
-        return choose(spec.attention.engine, call)
-    except ValueError as error:
-        raise UserError(f"attention.engine: {error}") from None
 
 
 def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:

@@ -92,7 +92,7 @@ class Parquet:
     def records(self, path: Path) -> Iterable[dict[str, Any]]:
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
             for batch in file.iter_batches(batch_size=1):
-                yield from batch.to_pylist()
+                yield from _whole_records(batch)
 
     def read(self, path: Path, name: str, stretch: Stretch, options: ReadOptions) -> Iterator[Document | Rejection]:
         with _table(path), pq.ParquetFile(path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
@@ -119,7 +119,7 @@ class Arrow:
     def records(self, path: Path) -> Iterable[dict[str, Any]]:
         for batch in self._batches(path):
             for row in range(batch.num_rows):
-                yield from batch.slice(row, 1).to_pylist()
+                yield from _whole_records(batch.slice(row, 1))
 
     def read(self, path: Path, name: str, stretch: Stretch, options: ReadOptions) -> Iterator[Document | Rejection]:
         with _table(path):
@@ -189,6 +189,10 @@ def _table_rows(
                 else:
                     yield document_of(name, row, record, options, partial(excerpt_of, record))
         first += batch.num_rows
+
+
+def _whole_records(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    return (record for record in _records(batch) if record is not None)
 
 
 def _records(batch: pa.RecordBatch) -> list[dict[str, Any] | None]:

@@ -111,6 +111,7 @@ def test_any_table(build_dataset: Build, tmp_path_factory: pytest.TempPathFactor
 
 @fuzz
 @given(content=st.binary(max_size=300), cut=st.integers(0, 400))
+@example(content=b"\x80", cut=24)  # a text of the first row is not UTF-8
 def test_a_damaged_table_is_a_message_or_whole(
     build_dataset: Build, tmp_path_factory: pytest.TempPathFactory, content: bytes, cut: int
 ) -> None:

@@ -29,7 +29,7 @@ from mdseq.sparse.tiles import (
 
 MIN_BLOCK, MAX_BLOCK = 32, 128
 MAX_SHARED_GLOBALS = 64
-# Of a tile with a mask of its own, which is kept; and of one in which several heads are worth a copy of their keys.
+# Several heads at a time need a copy of their overlapping keys, which pays for itself where one has fewer scores.
 SMALL_TILE_SCORES = 2**18
 
 
@@ -234,19 +234,20 @@ class _Class:
         stop_global_x = np.searchsorted(self.owner_g, last_document_x, side="right")
 
         filled_x = np.flatnonzero(real_xc.any(axis=1)).tolist()
+        most_blocks = max(1, TILE_SCORES // (block * num_keys))
         while filled_x:
             first = filled_x[0]
             few_globals = max(MAX_SHARED_GLOBALS, stop_global_x[first] - first_global_x[first])
-            inner, count = inner_x[first], 1
-            while count < len(filled_x) and filled_x[count] == first + count:
-                still_inner = inner and inner_x[first + count]
-                most_scores = TILE_SCORES if still_inner else SMALL_TILE_SCORES
-                too_many_globals = stop_global_x[first + count] - first_global_x[first] > few_globals
-                if (count + 1) * block * num_keys > most_scores or too_many_globals:
-                    break
-                inner, count = still_inner, count + 1
+            count = 1
+            while (
+                count < min(most_blocks, len(filled_x))
+                and filled_x[count] == first + count
+                and stop_global_x[first + count] - first_global_x[first] <= few_globals
+            ):
+                count += 1
             filled_x = filled_x[count:]
             blocks = slice(first, first + count)
+            inner = inner_x[blocks].all()
             window_bias = band_ck if inner else self._window_bias(blocks, num_keys).to(band_ck.device)
             rows = slice(int(first_global_x[first]), int(stop_global_x[first + count - 1]))
             shared = Shared(rows, self._global_bias(blocks, rows, band_ck.device)) if rows.start < rows.stop else None

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
         "--length", type=_at_least(1), default=DEFAULT_LENGTH, metavar="N", help=f"tokens; default {DEFAULT_LENGTH}"
     )
     command.add_argument("--steps", type=_at_least(1), default=20, metavar="N", help="denoiser calls; default 20")
-    command.add_argument("--solver", choices=("dpm", "ddpm"), default="dpm", help="default: dpm (DPM-Solver++ 2M)")
+    command.add_argument(
+        "--solver", choices=("dpm_2m", "ddpm"), default="dpm_2m", help="default: dpm_2m (DPM-Solver++)"
+    )
     command.add_argument("--clamp", action="store_true", help="round every estimate to its nearest embedding")
     command.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="default 0")
     command.add_argument("--batch_size", type=_at_least(1), default=8, metavar="N", help="texts at a time; default 8")
@@ -88,7 +90,7 @@ def _generate(options: argparse.Namespace) -> None:
     import torch
 
     from mdseq.data.tokenizer import Tokenizer
-    from mdseq.diffusion.schedule import NoiseSchedule
+    from mdseq.diffusion.denoising import DiffusionModel
     from mdseq.generate.sampler import SamplerOptions
     from mdseq.generate.text import Prompt, TextGenerator
 
@@ -107,13 +109,9 @@ def _generate(options: argparse.Namespace) -> None:
             f"give 1 to {saved.config.num_timesteps}"
         )
     generator = TextGenerator(
-        saved.denoiser,
-        saved.m_z,
-        NoiseSchedule(saved.config.num_timesteps),
-        Tokenizer.load(saved.tokenizer_path),
-        saved.config.document_kind,
+        DiffusionModel.of(saved), Tokenizer.load(saved.tokenizer_path), saved.config.document_kind
     )
-    sampler = SamplerOptions(options.steps, options.solver, options.seed, options.clamp)
+    sampler = SamplerOptions(options.steps, options.solver, seed=options.seed, clamp=options.clamp)
     as_text = options.input is None and options.output is None
     with _opened_output(options.output) as output:
         for start in range(0, len(prompts), options.batch_size):

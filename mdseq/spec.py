@@ -124,19 +124,63 @@ class ExpertsSpec(Section):
 
 
 class DiffusionSpec(Section):
-    """The forward process and the training objective."""
+    """The forward process and the training objective; docs/diffusion.md says what each choice is worth."""
 
-    num_timesteps: Annotated[int, Field(ge=2)] = Field(2000, description="steps T of the forward process")
-    noise_schedule: Literal["sqrt"] = Field("sqrt", description="signal kept at each step (DiffuSeq's sqrt)")
-    objective: Literal["target", "published"] = Field(
-        "target", description="loss over target tokens only, or DiffuSeq's over every position, padding included"
+    noise_schedule: Literal["sqrt", "cosine", "linear", "warmup_decay"] = Field(
+        "sqrt", description="signal kept at each timestep: DiffuSeq's, improved DDPM's, DDPM's, DiffuSeq-v2's"
+    )
+    num_timesteps: Annotated[int, Field(ge=2)] = Field(2000, description="timesteps T of the forward process")
+    continuous_time: bool = Field(False, description="train between the T timesteps too")
+    timestep_sampling: Literal["uniform", "loss_aware"] = Field(
+        "loss_aware", description="how t is drawn: uniformly, or by the loss seen at each t (with its correction)"
+    )
+    stratified: bool = Field(
+        True, description="spread the timesteps of a global batch evenly, for gradients of less variance"
     )
     absorbing: bool = Field(True, description="soft absorbing state: targets drift to a learned vector m")
     gamma: Fraction = Field(0.5, description="share of target tokens replaced by m at t = T (absorbing only)")
     absorbing_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of ||m|| in the loss")
-    timestep_sampling: Literal["uniform", "loss_aware"] = Field(
-        "loss_aware", description="how t is drawn: uniformly, or by the loss seen at each t (with its correction)"
+    objective: Literal["target", "published"] = Field(
+        "target", description="loss over target tokens only, or DiffuSeq's over every position, padding included"
     )
+    denoising_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of the squared error of the predicted embedding"
+    )
+    snr_cap: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weigh the squared error by min(signal-to-noise ratio, this); 0 for the same weight at every t"
+    )
+    anchor_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the cross-entropy of the tokens given the predicted embedding"
+    )
+    rounding_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="weight of the cross-entropy of the tokens given their own embedding, slightly noised"
+    )
+    normalise_embeddings: bool = Field(False, description="all embeddings of the same length, sqrt(embedding_dim)")
+    self_conditioning: Fraction = Field(
+        0.0, description="share of documents that are denoised with an earlier estimate at hand; 0 for none"
+    )
+    self_conditioning_lag: Fraction = Field(
+        0.1, description="that estimate is made up to this share of T earlier, as it is while sampling"
+    )
+    condition_dropout: Fraction = Field(
+        0.0, description="share of documents that lose their source, so that sampling can be guided by it"
+    )
+
+    @model_validator(mode="after")
+    def _published_is_published(self) -> Self:
+        published: dict[str, Any] = {
+            "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
+            "anchor_weight": 0.0, "rounding_weight": 1.0, "normalise_embeddings": False, "self_conditioning": 0.0,
+            "condition_dropout": 0.0,
+        }  # fmt: skip
+        changed = [key for key, value in published.items() if getattr(self, key) != value]
+        if self.objective == "published" and changed:
+            wanted = ", ".join(f"{key}={str(published[key]).lower()}" for key in changed)
+            raise ValueError(
+                f"diffusion.objective = published is DiffuSeq's loss and nothing else; set {wanted}, or set "
+                "diffusion.objective = target"
+            )
+        return self
 
 
 class DataSpec(Section):
@@ -156,6 +200,9 @@ class DataSpec(Section):
     )
     max_prefix: Fraction = Field(
         0.5, description="half of the texts keep a prefix of up to this share clean, to learn to continue; 0 for none"
+    )
+    max_suffix: Fraction = Field(
+        0.0, description="half of the texts keep a suffix of up to this share clean, to learn to fill gaps; 0 for none"
     )
     batch_size: Positive = Field(16, description="rows per optimiser step, over all ranks")
     micro_batch_size: Positive = Field(1, description="rows per forward pass of one rank")

@@ -1,42 +1,118 @@
 """How much signal is left at each timestep.
 
-z_t = alpha_t z_0 + sigma_t eps, with alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t), t = 0 .. T-1.
+z_t = alpha_t z_0 + sigma_t eps, with alpha_t = sqrt(abar_t) and sigma_t = sqrt(1 - abar_t), for t from 0 to T - 1.
+
+Every schedule is a table of T values of lambda_t = log(alpha_t / sigma_t), half the log signal-to-noise ratio, which
+falls strictly with t. Between its timesteps lambda is linear in t, so that t may be any number in [0, T - 1]: this is
+the continuous time of training, of solvers with steps of their own, and of the likelihood bound.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+# What the denoiser is told runs from 0 to this, whatever T is (DiffuSeq's `rescale_timesteps`).
+TIME_SCALE = 1000.0
+
+
+def _betas_of(signal: Callable[[Tensor], Tensor], num_timesteps: int) -> Tensor:
+    """beta_t = min(1 - abar((t + 1) / T) / abar(t / T), 0.999) (gaussian_diffusion.py, betas_for_alpha_bar)."""
+    signal_t = signal(torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps)
+    return (1.0 - signal_t[1:] / signal_t[:-1]).clamp(max=0.999)
+
+
+def _sqrt(num_timesteps: int) -> Tensor:
+    """abar(u) = 1 - sqrt(u + 1e-4) (Diffusion-LM, arXiv 2205.14217, appendix A)."""
+    return _betas_of(lambda u: 1.0 - (u + 1e-4).sqrt(), num_timesteps)
+
+
+def _cosine(num_timesteps: int) -> Tensor:
+    """abar(u) = cos^2((u + 0.008) / 1.008 * pi / 2) (improved DDPM, arXiv 2102.09672, eq. 17)."""
+    return _betas_of(lambda u: ((u + 0.008) / 1.008 * math.pi / 2).cos().square(), num_timesteps)
+
+
+def _linear(num_timesteps: int) -> Tensor:
+    """beta from 1e-4 to 0.02 over 1000 steps, scaled to T (DDPM, arXiv 2006.11239, section 4)."""
+    scale = 1000.0 / num_timesteps
+    return torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+
+
+def _warmup_decay(num_timesteps: int) -> Tensor:
+    """sqrt, but its last tenth of betas falls linearly to 1e-4 (DiffuSeq-v2): some signal is left at t = T - 1."""
+    beta_t = _sqrt(num_timesteps)
+    count = max(1, num_timesteps // 10)
+    decay = torch.linspace(beta_t[-count].item(), 1e-4, count, dtype=torch.float64)
+    return torch.cat([beta_t[:-count], decay])
+
+
+NOISE_SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "sqrt": _sqrt,
+    "cosine": _cosine,
+    "linear": _linear,
+    "warmup_decay": _warmup_decay,
+}
+
 
 class NoiseSchedule:
-    """DiffuSeq's "sqrt" schedule: abar(u) = 1 - sqrt(u + 1e-4) (Li et al., arXiv 2205.14217, appendix A).
-
-    beta_t = min(1 - abar((t + 1) / T) / abar(t / T), 0.999) and abar_t = prod (1 - beta_s), s <= t, so that the
-    product starts at 1 although abar(0) = 0.99 (gaussian_diffusion.py, get_named_beta_schedule).
+    """The map between timesteps and noise.
 
     Attributes:
+        name: A key of NOISE_SCHEDULES.
         num_timesteps: T.
+        last: T - 1, the noisiest timestep.
+        beta_t: float64 [T], the variance added by each step; abar_t = prod (1 - beta_s), s <= t.
         alpha_bar_t: float64 [T], the signal's share of the variance after each step.
-        beta_t: float64 [T], the variance added by each step.
+        log_snr_t: float64 [T], lambda of each timestep.
     """
 
-    def __init__(self, num_timesteps: int) -> None:
+    def __init__(self, name: str, num_timesteps: int) -> None:
+        self.name = name
         self.num_timesteps = num_timesteps
-        grid = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        signal = 1.0 - (grid + 1e-4).sqrt()
-        self.beta_t = (1.0 - signal[1:] / signal[:-1]).clamp(max=0.999)
+        self.last = num_timesteps - 1
+        self.beta_t = NOISE_SCHEDULES[name](num_timesteps)
         self.alpha_bar_t = (1.0 - self.beta_t).cumprod(dim=0)
-        self._alpha_bar_on: dict[torch.device, Tensor] = {}
+        self.log_snr_t = (self.alpha_bar_t.log() - torch.log1p(-self.alpha_bar_t)) / 2
+        assert (self.log_snr_t.diff() < 0).all(), f"{name}: noise must grow with every timestep"
+        self._log_snr_on: dict[torch.device, Tensor] = {}
+
+    def log_snr(self, timestep: Tensor) -> Tensor:
+        """lambda at timesteps in [0, T - 1], float64, of their shape; exactly the table's at whole ones."""
+        table_t = self._table(timestep.device)
+        below = timestep.long().clamp(0, max(self.last - 1, 0))
+        part = timestep.double() - below
+        above = (below + 1).clamp(max=self.last)
+        return torch.lerp(table_t[below], table_t[above], part)
+
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """The inverse of `log_snr`, float64; what lies outside the schedule gives its nearer end."""
+        table_t = self._table(log_snr.device)
+        wanted = log_snr.double().clamp(table_t[-1], table_t[0])
+        above = (
+            torch.searchsorted(-table_t, -wanted).clamp(1, self.last) if self.last else torch.zeros_like(wanted).long()
+        )
+        below = (above - 1).clamp(min=0)
+        span = table_t[above] - table_t[below]
+        return below + torch.where(span == 0, 0.0, (wanted - table_t[below]) / span)
 
     def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in fp32, of the timesteps' shape."""
-        device = timestep.device
-        if device not in self._alpha_bar_on:
-            self._alpha_bar_on[device] = self.alpha_bar_t.to(device)
-        alpha_bar = self._alpha_bar_on[device][timestep]
-        return alpha_bar.sqrt().float(), (1.0 - alpha_bar).sqrt().float()
+        alpha, sigma = alpha_sigma_of(self.log_snr(timestep))
+        return alpha.float(), sigma.float()
 
     def time(self, timestep: Tensor) -> Tensor:
-        """What the denoiser is told: t * 1000 / T, so that it does not depend on T (`rescale_timesteps`)."""
-        return timestep.float() * (1000.0 / self.num_timesteps)
+        """What the denoiser is told: t * 1000 / T in fp32, so that it does not depend on T."""
+        return (timestep.double() * (TIME_SCALE / self.num_timesteps)).float()
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._log_snr_on:
+            self._log_snr_on[device] = self.log_snr_t.to(device)
+        return self._log_snr_on[device]
+
+
+def alpha_sigma_of(log_snr: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of lambda: alpha^2 + sigma^2 = 1 and alpha / sigma = e^lambda."""
+    return torch.sigmoid(2 * log_snr).sqrt(), torch.sigmoid(-2 * log_snr).sqrt()

@@ -86,4 +86,4 @@ def dpm_solver(
     return predict(u, grid[-1])
 
 
-SOLVERS: dict[str, Solver] = {"dpm": dpm_solver, "ddpm": ddpm}
+SOLVERS: dict[str, Solver] = {"dpm_2m": dpm_solver, "ddpm": ddpm}

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from mdseq.data.format import Kind
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
-from mdseq.diffusion.schedule import NoiseSchedule
+from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.generate.sampler import SamplerOptions, sample
-from mdseq.model.denoiser import Denoiser
 from mdseq.sparse import Documents
 
 
@@ -39,9 +38,7 @@ class Prompt:
 class TextGenerator:
     """A denoiser with what stands between it and text."""
 
-    denoiser: Denoiser
-    m_z: Tensor
-    schedule: NoiseSchedule
+    model: DiffusionModel
     tokenizer: Tokenizer
     kind: Kind
 
@@ -56,20 +53,18 @@ class TextGenerator:
             tokens_bl[b, : len(source)] = torch.from_numpy(source)
             target_bl[b, len(source) : length] = True
 
-        device = self.m_z.device
-        generated_bl = sample(
-            self.denoiser,
-            self.m_z,
-            self.schedule,
+        device = self.model.m_z.device
+        samples = sample(
+            self.model,
             tokens_bl.to(device),
             target_bl.to(device),
             Documents.whole(torch.tensor(lengths, device=device), shape[1]),
             torch.tensor([prompt.sample_id for prompt in prompts], device=device),
             options,
-        ).cpu()
+        )
         return [
             self._decode(row[len(source) : length])
-            for row, source, length in zip(generated_bl, sources, lengths, strict=True)
+            for row, source, length in zip(samples.tokens_bl.cpu(), sources, lengths, strict=True)
         ]
 
     def _source_tokens(self, source: str) -> np.ndarray:

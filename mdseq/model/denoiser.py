@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdseq.model.attention import SelfAttention
@@ -38,6 +39,8 @@ class DenoiserConfig:
     attention_engine: str
     num_experts: int
     top_k: int
+    normalise_embeddings: bool
+    self_conditioning: bool
 
     @classmethod
     def of(cls, spec: RunSpec, vocab_size: int) -> DenoiserConfig:
@@ -61,6 +64,8 @@ class DenoiserConfig:
             attention_engine=attention.engine,
             num_experts=experts.num_experts,
             top_k=experts.top_k,
+            normalise_embeddings=spec.diffusion.normalise_embeddings,
+            self_conditioning=spec.diffusion.self_conditioning > 0,
         )
 
     @classmethod
@@ -72,8 +77,27 @@ class DenoiserConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What embeddings are scored against: the logits of x are x @ embedding_vz.T + bias_v. Both fp32."""
+
+    embedding_vz: Tensor
+    bias_v: Tensor
+
+
+class TokenBias(nn.Module):
+    """A learned bias of every token's logit, [v]."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self) -> Tensor:
+        return self.bias.float().clone()  # a copy: ZeRO-3 frees the parameter itself when this call ends
+
+
 class Denoiser(nn.Module):
-    """Embeds tokens, denoises embeddings, and scores embeddings against the vocabulary.
+    """Embeds tokens, denoises embeddings, and gives what embeddings are scored against, tied to the embedding.
 
     Every document of a row has `num_global` learned global slots of its own, which go through the layers beside the
     tokens and are dropped at the end. Its first `num_source_global` tokens, where they are source, are global too: to
@@ -85,9 +109,10 @@ class Denoiser(nn.Module):
         self.config = config
         d = config.hidden_dim
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
-        self.head = nn.Linear(config.embedding_dim, config.vocab_size)
+        self.head = TokenBias(config.vocab_size)
         self.time = TimeEmbedding(config.embedding_dim, d)
-        self.input = nn.Sequential(nn.Linear(config.embedding_dim, d), nn.Tanh(), nn.Linear(d, d))
+        inputs = config.embedding_dim * (2 if config.self_conditioning else 1)
+        self.input = nn.Sequential(nn.Linear(inputs, d), nn.Tanh(), nn.Linear(d, d))
         self.globals = nn.Embedding(config.num_global, d) if config.num_global else None
         self.blocks = nn.ModuleList(
             Block(
@@ -103,22 +128,38 @@ class Denoiser(nn.Module):
         self.norm = nn.RMSNorm(d, eps=1e-5)
         self.output = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, config.embedding_dim))
         self._initialise()
-        self.head.weight = self.embedding.weight
 
-    def forward(self, z_blz: Tensor, time_bl: Tensor, documents: Documents) -> Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings in fp32, [..., z]; all of length sqrt(z) if the model normalises them (Difformer, 2212.09412)."""
+        embedding = self.embedding(tokens).float()
+        if self.config.normalise_embeddings:
+            embedding = F.normalize(embedding, dim=-1) * self.config.embedding_dim**0.5
+        return embedding
+
+    def vocabulary(self) -> Vocabulary:
+        """All embeddings and biases, whole even under ZeRO-3: a weight is so only inside its module's forward pass."""
+        every_token = torch.arange(self.config.vocab_size, device=self.norm.weight.device)
+        return Vocabulary(self.embed(every_token), self.head())
+
+    def forward(
+        self, z_blz: Tensor, time_bl: Tensor, documents: Documents, estimate_blz: Tensor | None = None
+    ) -> Tensor:
         """Predict the clean embeddings.
 
         Args:
             z_blz: Noisy embeddings of target positions, clean ones of source positions.
             time_bl: Noise level in [0, 1000]; 0 where the embedding is clean.
             documents: What each row holds, source tokens marked.
+            estimate_blz: For a model with self-conditioning, the clean embeddings as predicted before (Analog Bits,
+                arXiv 2208.04202, section 3.2); zero where there is no prediction, as None is everywhere.
 
         Returns:
             [b, l, z] in fp32.
         """
         config = self.config
-        dtype = self.head.weight.dtype
-        x_bld = self.input(z_blz.to(dtype)) + self.time(time_bl)
+        if config.self_conditioning:
+            z_blz = torch.cat([z_blz, torch.zeros_like(z_blz) if estimate_blz is None else estimate_blz], dim=-1)
+        x_bld = self.input(z_blz.to(self.norm.weight.dtype)) + self.time(time_bl)
         layout = self.layout(documents)
         # Called, not read: under ZeRO-3 a weight is whole only inside its module's forward pass.
         global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))

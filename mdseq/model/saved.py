@@ -31,14 +31,18 @@ class ModelConfig:
 
     Attributes:
         denoiser: Shape of the network.
-        num_timesteps: T of the sqrt schedule.
+        noise_schedule: Name of the schedule.
+        num_timesteps: T of the schedule.
+        gamma: Share of target tokens replaced by the absorbing state at t = T; 0 without one.
         document_kind: What a source is: the text to continue, or one side of a pair.
         row_length: Tokens of a training row.
         step: Optimiser steps behind the weights.
     """
 
     denoiser: DenoiserConfig
+    noise_schedule: str
     num_timesteps: int
+    gamma: float
     document_kind: Literal["text", "pair"]
     row_length: int
     step: int
@@ -87,7 +91,6 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> SavedModel:
         weights = load_file(folder / WEIGHTS_FILE, device=str(device))
         m_z = weights.pop("absorbing.m", torch.zeros(config.denoiser.embedding_dim, device=device))
         state = {name.removeprefix("denoiser."): weight for name, weight in weights.items()}
-        state["head.weight"] = state["embedding.weight"]
         denoiser = Denoiser(config.denoiser).to(device)
         denoiser.load_state_dict(state)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:

@@ -61,6 +61,13 @@ class Documents:
             num_global_tokens = min(count_b), max(count_b)
         return Documents(self.document_bl, self.position_bl, self.num_documents, global_bl, num_global_tokens)
 
+    def take(self, index_n: Tensor) -> Documents:
+        """The documents of some rows."""
+        global_bl = None if self.global_bl is None else self.global_bl[index_n]
+        return Documents(
+            self.document_bl[index_n], self.position_bl[index_n], self.num_documents, global_bl, self.num_global_tokens
+        )
+
     def layout(self, num_global: int = 0) -> Layout:
         """These documents as slots: built by the first who asks, shared by all layers and by all denoiser calls.
 

@@ -135,12 +135,10 @@ class SampleHook:
         objective = trainer.objective
         objective.eval()
         with torch.no_grad():
-            generator = TextGenerator(
-                objective.denoiser, objective.absorbing(), objective.schedule, self.tokenizer, self.kind
-            )
+            generator = TextGenerator(objective.model(), self.tokenizer, self.kind)
             prompts = [Prompt(source, report.sample_length, i) for i, source in enumerate(self.sources)]
             texts = generator.generate(
-                prompts, SamplerOptions(num_steps=report.sample_solver_steps, seed=trainer.spec.seed)
+                prompts, SamplerOptions(num_calls=report.sample_solver_steps, seed=trainer.spec.seed)
             )
         objective.train()
         if self.writer is not None:

@@ -121,7 +121,9 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
     )
     model = ModelConfig(
         denoiser=DenoiserConfig.of(spec, manifest.vocab_size),
+        noise_schedule=spec.diffusion.noise_schedule,
         num_timesteps=spec.diffusion.num_timesteps,
+        gamma=spec.diffusion.gamma * spec.diffusion.absorbing,
         document_kind=manifest.kind,
         row_length=spec.data.row_length,
         step=trainer.step,

@@ -32,6 +32,14 @@ class Purpose(IntEnum):
     STARTING = 5
     SAMPLING = 6
     PREFIX = 7
+    SUFFIX = 8
+    STRATA = 9
+    SELF_CONDITIONING = 10
+    LAG = 11
+    CONDITION = 12
+    LENGTH = 13
+    RESAMPLING = 14
+    LIKELIHOOD = 20
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,9 @@ class DiffusionSpec(Section):
         "sqrt", description="signal kept at each timestep: DiffuSeq's, improved DDPM's, DDPM's, DiffuSeq-v2's"
     )
     num_timesteps: Annotated[int, Field(ge=2)] = Field(2000, description="timesteps T of the forward process")
+    noise_factor: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="noise so many times as strong, for embeddings that are told apart too easily"
+    )
     continuous_time: bool = Field(False, description="train between the T timesteps too")
     timestep_sampling: Literal["uniform", "loss_aware"] = Field(
         "loss_aware", description="how t is drawn: uniformly, or by the loss seen at each t (with its correction)"
@@ -155,6 +158,11 @@ class DiffusionSpec(Section):
     rounding_weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="weight of the cross-entropy of the tokens given their own embedding, slightly noised"
     )
+    estimate: Literal["output", "softmax", "posterior"] = Field(
+        "output",
+        description="what is taken for the clean embedding: the denoiser's output, or the mean under the probabilities "
+        "that anchor_weight trains, by themselves or times what a noisy embedding says of its own token",
+    )
     normalise_embeddings: bool = Field(False, description="all embeddings of the same length, sqrt(embedding_dim)")
     self_conditioning: Fraction = Field(
         0.0, description="share of documents that are denoised with an earlier estimate at hand; 0 for none"
@@ -167,15 +175,34 @@ class DiffusionSpec(Section):
     )
 
     @model_validator(mode="after")
+    def _something_trains_the_estimate(self) -> Self:
+        if self.estimate == "output" and not self.denoising_weight:
+            raise ValueError(
+                "diffusion.denoising_weight = 0 leaves diffusion.estimate = output untrained; raise denoising_weight, "
+                "or set estimate = softmax or posterior"
+            )
+        if self.estimate != "output" and not self.anchor_weight:
+            raise ValueError(
+                f"diffusion.estimate = {self.estimate} needs probabilities of tokens, which diffusion.anchor_weight = 0 "
+                "leaves untrained; raise anchor_weight, or set estimate = output"
+            )
+        if self.estimate == "posterior" and self.denoising_weight:
+            raise ValueError(
+                f"diffusion.denoising_weight = {self.denoising_weight} trains an output that diffusion.estimate = "
+                "posterior does not take for an embedding; set denoising_weight = 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _published_is_published(self) -> Self:
         published: dict[str, Any] = {
-            "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
-            "anchor_weight": 0.0, "rounding_weight": 1.0, "normalise_embeddings": False, "self_conditioning": 0.0,
-            "condition_dropout": 0.0,
+            "noise_factor": 1.0, "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
+            "anchor_weight": 0.0, "rounding_weight": 1.0, "estimate": "output", "normalise_embeddings": False,
+            "self_conditioning": 0.0, "condition_dropout": 0.0,
         }  # fmt: skip
         changed = [key for key, value in published.items() if getattr(self, key) != value]
         if self.objective == "published" and changed:
-            wanted = ", ".join(f"{key}={str(published[key]).lower()}" for key in changed)
+            wanted = ", ".join(f"{key} = {str(published[key]).lower()}" for key in changed)
             raise ValueError(
                 f"diffusion.objective = published is DiffuSeq's loss and nothing else; set {wanted}, or set "
                 "diffusion.objective = target"

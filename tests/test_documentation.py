@@ -14,7 +14,7 @@ import pytest
 
 from data_prep.__main__ import parse as parse_data_prep
 from launcher.run import _parse as parse_launcher
-from mdseq.cli import _parser as mdseq_parser
+from mdseq.cli import parser as mdseq_parser
 from mdseq.spec import load_spec
 
 ROOT = Path(__file__).parent.parent

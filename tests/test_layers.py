@@ -26,7 +26,7 @@ FLOORS = {
     "mdseq.model": 2,
     "mdseq.diffusion": 3,
     "data_prep": 3,
-    "mdseq.engine": 4,
+    "mdseq.engine": 3,
     "mdseq.generate": 4,
     "mdseq.evaluate": 5,
     "mdseq.train": 6,

@@ -36,10 +36,12 @@ class Batch:
 
     tokens_bl: int64, PAD where there is no document.
     document_bl: int64, index of the document within its row, -1 at padding.
-    position_bl: int64, position within the document's piece (0 where the piece starts), 0 at padding.
+    position_bl: int64, position within the document's piece, 0 where the piece starts and at padding; the target of a
+        pair counts from 1 again.
     target_bl: bool, the positions to be denoised.
     row_b: int64, row index in the packing: the key of the row's noise.
-    source_length_bm: int64, tokens of each document that are not targets; on the host, wherever the rest is.
+    first_document_b: int64, documents of the global batch that stand in rows before this one.
+    source_length_bm: int64, tokens of each document before its first target; on the host, wherever the rest is.
     num_documents: most documents in any row of this micro-batch, at least 1.
     """
 
@@ -48,6 +50,7 @@ class Batch:
     position_bl: Tensor
     target_bl: Tensor
     row_b: Tensor
+    first_document_b: Tensor
     source_length_bm: Tensor
     num_documents: int
     step: int
@@ -89,6 +92,7 @@ class Batch:
             position_bl=change(self.position_bl),
             target_bl=change(self.target_bl),
             row_b=change(self.row_b),
+            first_document_b=change(self.first_document_b),
         )
 
 
@@ -96,14 +100,19 @@ class Batch:
 class RowPlan:
     """Rows before their tokens are read.
 
-    row_b: int64, as in Batch.
+    row_b, first_document_b: int64, as in Batch.
     pieces: what the rows hold; `pieces.row` counts within `row_b`, and every row has a piece.
-    source_length_p: int64, how many leading tokens of each piece stay clean.
+    target_start_p, target_end_p: int64, first position of each piece that is denoised, and the first after it that is
+        not: what stands before and behind stays clean.
+    pairs: whether what stands before is the source of a pair.
     """
 
     row_b: np.ndarray
+    first_document_b: np.ndarray
     pieces: Pieces
-    source_length_p: np.ndarray
+    target_start_p: np.ndarray
+    target_end_p: np.ndarray
+    pairs: bool
 
     def take(self, rows: np.ndarray) -> RowPlan:
         """The plan of some of its rows alone, given by ascending indices."""
@@ -111,7 +120,14 @@ class RowPlan:
         index_b[rows] = np.arange(len(rows))
         (chosen,) = np.nonzero(index_b[self.pieces.row] >= 0)
         pieces = self.pieces.select(chosen)
-        return RowPlan(self.row_b[rows], replace(pieces, row=index_b[pieces.row]), self.source_length_p[chosen])
+        return RowPlan(
+            self.row_b[rows],
+            self.first_document_b[rows],
+            replace(pieces, row=index_b[pieces.row]),
+            self.target_start_p[chosen],
+            self.target_end_p[chosen],
+            self.pairs,
+        )
 
 
 def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: StepTotals) -> Batch:
@@ -129,7 +145,11 @@ def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: S
     filled_bl = np.arange(row_length) < np.add.reduceat(pieces.length, first_piece_b)[:, None]
     document_bl[filled_bl] = np.repeat(document_p, pieces.length)
     position_bl[filled_bl] = np.arange(pieces.length.sum()) - np.repeat(before_p, pieces.length)
-    target_bl[filled_bl] = position_bl[filled_bl] >= np.repeat(plan.source_length_p, pieces.length)
+    start_n = np.repeat(plan.target_start_p, pieces.length)
+    position_n = position_bl[filled_bl]
+    target_bl[filled_bl] = (position_n >= start_n) & (position_n < np.repeat(plan.target_end_p, pieces.length))
+    if plan.pairs:
+        position_bl[filled_bl] = np.where(position_n < start_n, position_n, position_n - start_n + 1)
 
     # Pieces that are neighbours in a row and in the corpus are read in one go.
     offset_p = pieces.position - before_p
@@ -139,13 +159,14 @@ def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: S
         row, slot, position = int(pieces.row[start]), int(slot_p[start]), int(pieces.position[start])
         corpus.read(position, tokens_bl[row, slot : slot + length])
     source_length_bm = np.zeros((num_rows, int(document_p.max()) + 1), dtype=np.int64)
-    source_length_bm[pieces.row, document_p] = plan.source_length_p
+    source_length_bm[pieces.row, document_p] = plan.target_start_p
     return Batch(
         tokens_bl=torch.from_numpy(tokens_bl),
         document_bl=torch.from_numpy(document_bl),
         position_bl=torch.from_numpy(position_bl),
         target_bl=torch.from_numpy(target_bl),
         row_b=torch.from_numpy(plan.row_b),
+        first_document_b=torch.from_numpy(plan.first_document_b),
         source_length_bm=torch.from_numpy(source_length_bm),
         num_documents=source_length_bm.shape[1],
         step=step,

@@ -12,7 +12,7 @@ from mdseq.data.batch import Batch, RowPlan, StepTotals, collate
 from mdseq.data.corpus import Corpus
 from mdseq.data.order import Order
 from mdseq.data.packing import Packing
-from mdseq.data.prefix import CleanPrefix
+from mdseq.data.clean_ends import CleanEnds
 
 # One step would do if reading never took longer than a step; the second one rides over a slow disk.
 STEPS_AHEAD = 2
@@ -38,7 +38,7 @@ class Loader:
         micro_batch_size: int,
         rank: int,
         num_ranks: int,
-        prefix: CleanPrefix | None = None,
+        clean_ends: CleanEnds | None = None,
         device: torch.device | None = None,
     ) -> None:
         assert batch_size % (micro_batch_size * num_ranks) == 0
@@ -51,7 +51,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.num_ranks = num_ranks
-        self.prefix = prefix
+        self.clean_ends = clean_ends
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="loader", initializer=self._start_reader)
         self._next_step = 0
@@ -85,7 +85,7 @@ class Loader:
         totals = StepTotals(
             rows=len(plan.row_b),
             tokens=num_tokens,
-            target_tokens=num_tokens - int(plan.source_length_p.sum()),
+            target_tokens=int((plan.target_end_p - plan.target_start_p).sum()),
             documents=len(plan.pieces),
             micro_batches=self.batch_size // self.micro_batch_size,
         )
@@ -97,11 +97,15 @@ class Loader:
         return batch.split(self.micro_batch_size)
 
     def _plan(self, step: int) -> RowPlan:
-        """The rows of the global batch: their pieces, and how much of each is source."""
+        """The rows of the global batch: their pieces, and how much of each is to be denoised."""
         rows = self.order.rows(step, self.batch_size)
         pieces = self.packing.pieces(rows)
-        source_length = np.maximum(self.corpus.target_starts(pieces.document) - pieces.start, 0)
-        if self.prefix is not None:
-            prefix_length = (self.prefix.shares(step, rows, pieces) * pieces.length).astype(np.int64)
-            source_length = np.maximum(source_length, prefix_length)
-        return RowPlan(rows, pieces, np.minimum(source_length, pieces.length))
+        start = np.maximum(self.corpus.target_starts(pieces.document) - pieces.start, 0)
+        end = pieces.length
+        if self.clean_ends is not None:
+            prefix_share, suffix_share = self.clean_ends.shares(step, rows, pieces)
+            start = np.maximum(start, (prefix_share * pieces.length).astype(np.int64))
+            end = pieces.length - (suffix_share * pieces.length).astype(np.int64)
+        start = np.minimum(start, end)
+        first_document = np.searchsorted(pieces.row, np.arange(len(rows)))
+        return RowPlan(rows, first_document, pieces, start, end, pairs=self.corpus.manifest.kind == "pair")

@@ -81,6 +81,11 @@ class Tokenizer:
         return np.array([self._processor.IsByte(index) for index in range(self.vocab_size)])
 
     @cached_property
+    def _pieces(self) -> list[str]:
+        special = {int(token): f"<{token.name.lower()}>" for token in SpecialToken}
+        return [special.get(index) or self._piece(index) for index in range(self.vocab_size)]
+
+    @cached_property
     def _spellings(self) -> list[bytes]:
         return [self._spelling(index) for index in range(self.vocab_size)]
 
@@ -130,6 +135,13 @@ class Tokenizer:
         """UTF-8 text of `ids`. That of a longer text may be decoded stretch by stretch, cut anywhere."""
         return b"".join([self._spellings[index] for index in np.asarray(ids, dtype=np.int64).tolist()])
 
+    def pieces(self, ids: Iterable[int] | np.ndarray) -> list[str]:
+        """Each token by itself, to be shown: its text, spaces and newlines included.
+
+        Special tokens are shown by name, such as `<eos>`, and bytes that are no character by value, such as `<0xE2>`.
+        """
+        return [self._pieces[index] for index in np.asarray(ids, dtype=np.int64).tolist()]
+
     def _end_of_block(self, text: str, start: int) -> int:
         """End of the block that starts at `start`; 0 when that takes more text to tell."""
         limit = start + MAX_BLOCK_CHARACTERS
@@ -150,6 +162,13 @@ class Tokenizer:
                 for index, stretch in stretches
             ]
         )
+
+    def _piece(self, index: int) -> str:
+        try:
+            return self._spellings[index].decode()
+        except UnicodeDecodeError:
+            piece: str = self._processor.IdToPiece(index)
+            return piece
 
     def _spelling(self, index: int) -> bytes:
         model = self._processor

@@ -26,10 +26,8 @@ class AbsorbingState(nn.Module):
         return self.m.float().clone()  # a copy: ZeRO-3 frees the parameter itself when this call ends
 
 
-def corrupt(
-    z_0: Tensor, m_z: Tensor, alpha: Tensor, sigma: Tensor, epsilon: Tensor, replaced_bl: Tensor, target_bl: Tensor
-) -> Tensor:
-    """The forward process q(z_t | z_0) on target positions; source positions stay clean.
+def corrupt(z_0: Tensor, m_z: Tensor, alpha: Tensor, sigma: Tensor, epsilon: Tensor, replaced_bl: Tensor) -> Tensor:
+    """The forward process q(z_t | z_0) of target positions.
 
     z_t = alpha_t (z_0 - m) + sigma_t eps + m, then exactly m where `replaced_bl` (the discrete part).
 
@@ -38,8 +36,6 @@ def corrupt(
         m_z: [z].
         alpha, sigma: [b, l].
         replaced_bl: Positions that lose their content, drawn with probability gamma * sigma_t.
-        target_bl: Positions to be denoised.
     """
     z_t = alpha[..., None] * (z_0 - m_z) + sigma[..., None] * epsilon + m_z
-    z_t = torch.where(replaced_bl[..., None], m_z, z_t)
-    return torch.where(target_bl[..., None], z_t, z_0)
+    return torch.where(replaced_bl[..., None], m_z, z_t)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mdseq.diffusion.estimates import Reader, Reading
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.model.denoiser import Denoiser
 from mdseq.model.saved import SavedModel
@@ -26,17 +27,33 @@ class DiffusionModel:
         m_z: The absorbing state, fp32; zeros without one.
         schedule: Noise schedule.
         gamma: Share of target tokens replaced by m at t = T; 0 without an absorbing state.
+        reading: What the denoiser's output is; see `mdseq/diffusion/estimates.py`.
     """
 
     denoiser: Denoiser
     m_z: Tensor
     schedule: NoiseSchedule
     gamma: float
+    reading: Reading
 
     @classmethod
     def of(cls, saved: SavedModel) -> DiffusionModel:
         config = saved.config
-        return cls(saved.denoiser, saved.m_z, NoiseSchedule(config.noise_schedule, config.num_timesteps), config.gamma)
+        schedule = NoiseSchedule(config.noise_schedule, config.num_timesteps, config.noise_factor)
+        return cls(saved.denoiser, saved.m_z, schedule, config.gamma, config.estimate)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser call says of the clean embeddings.
+
+    Attributes:
+        clean_blz: Their estimate, fp32; anything but at target positions.
+        scores_bly: Their tokens' scores: the logits are scores @ reader.scored.embedding.T + bias.
+    """
+
+    clean_blz: Tensor
+    scores_bly: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +62,7 @@ class GivenRows:
 
     Attributes:
         model: The denoiser and its process.
+        reader: How the denoiser's output is read.
         source_blz: What stands where nothing is generated: embeddings of the clean tokens.
         source_timestep: How noisy that is: 0 for clean.
         target_bl: Positions to denoise.
@@ -52,6 +70,7 @@ class GivenRows:
     """
 
     model: DiffusionModel
+    reader: Reader
     source_blz: Tensor
     source_timestep: int
     target_bl: Tensor
@@ -60,9 +79,11 @@ class GivenRows:
     @classmethod
     def of(cls, model: DiffusionModel, tokens_bl: Tensor, target_bl: Tensor, documents: Documents) -> GivenRows:
         """Embed the tokens, and mark those that the model takes as global."""
-        if count := model.denoiser.config.num_source_global:
+        denoiser = model.denoiser
+        if count := denoiser.config.num_source_global:
             documents = documents.marked(leading_source(documents, target_bl, count))
-        return cls(model, model.denoiser.embed(tokens_bl), 0, target_bl, documents)
+        reader = Reader.of(model.reading, denoiser.vocabulary(), model.m_z)
+        return cls(model, reader, denoiser.embed(tokens_bl), 0, target_bl, documents)
 
     def without_source(self) -> GivenRows:
         """The same rows with nothing given: what `condition_dropout` trains, m at the last timestep."""
@@ -78,17 +99,29 @@ class GivenRows:
             documents=self.documents.take(index_n),
         )
 
-    def predict(self, z_blz: Tensor, timestep_b: Tensor, estimate_blz: Tensor | None = None) -> Tensor:
-        """The clean embeddings [b, l, z], fp32.
+    def predict(
+        self, z_blz: Tensor, timestep_b: Tensor, estimate_blz: Tensor | None = None, guidance: float = 1.0
+    ) -> Prediction:
+        """Denoise.
 
         Args:
             z_blz: Noisy embeddings; only target positions are looked at.
             timestep_b: Timestep of each row, any number in [0, T - 1].
-            estimate_blz: For a model with self-conditioning, its prediction at an earlier, noisier time.
+            estimate_blz: For a model with self-conditioning, its estimate at an earlier, noisier time.
+            guidance: Weight w of the source: the output is f' + w (f - f'), with f' the one without source; 1 for f.
         """
-        time_b = self.model.schedule.time(timestep_b)
-        source_time = self.model.schedule.time(torch.tensor(self.source_timestep, device=time_b.device))
-        time_bl = torch.where(self.target_bl, time_b[:, None], source_time)
+        f_blz = self._output(z_blz, timestep_b, estimate_blz)
+        if guidance != 1:
+            free_blz = self.without_source()._output(z_blz, timestep_b, estimate_blz)
+            f_blz = free_blz + guidance * (f_blz - free_blz)
+        log_snr_bl = self.model.schedule.log_snr(timestep_b)[:, None].expand_as(self.target_bl)
+        scores_bly = self.reader.scores(f_blz, z_blz, log_snr_bl)
+        return Prediction(self.reader.clean(f_blz, scores_bly, self.target_bl), scores_bly)
+
+    def _output(self, z_blz: Tensor, timestep_b: Tensor, estimate_blz: Tensor | None) -> Tensor:
+        schedule = self.model.schedule
+        source_time = schedule.time(torch.tensor(self.source_timestep)).item()
+        time_bl = torch.where(self.target_bl, schedule.time(timestep_b)[:, None], source_time)
         target_bl1 = self.target_bl[..., None]
         z_blz = torch.where(target_bl1, z_blz, self.source_blz)
         if estimate_blz is not None:

@@ -6,12 +6,14 @@ Shapes: b batch, l length, m documents in a row, z embedding dimension, v vocabu
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mdseq.data.batch import Batch
 from mdseq.diffusion.absorbing import AbsorbingState, corrupt
 from mdseq.diffusion.balance import RouterBalance
+from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.estimates import Reader
+from mdseq.diffusion.rounding import cross_entropy
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
@@ -24,16 +26,17 @@ from mdseq.spec import RunSpec
 class DiffusionObjective(nn.Module):
     """Noise, denoise, compare.
 
-    The loss of one token, with f the denoiser's prediction, is (DiffuSeq, `training_losses_seq2seq`)
+    With e = Emb(w), and f the denoiser's prediction, the loss of one token is the sum of these, each with its weight:
 
-        |z_0 - f(z_t, t)|^2 / z          denoising; |Emb(w) - f|^2 / z at t = 0
-        - log p(w | z_0)                 rounding: keeps embeddings apart, does not pass through the denoiser
-        |alpha_{T-1} (z_0 - m)|^2 / z    prior: what is left of z_0 at the end
+        min(SNR_t, snr_cap) |e - f(z_t, t)|^2 / z    denoising (DiffuSeq; the cap is Min-SNR's, arXiv 2303.09556, eq. 6)
+        - log p(w | f(z_t, t))                       anchor (Difformer, arXiv 2212.09412, eq. 6), p read as `estimate`
+        - log p(w | e + sigma_0 eps)                 rounding: keeps embeddings apart, does not pass the denoiser
+        |alpha_{T-1} (e - m)|^2 / z                  prior: what is left of e at the end
 
-    The objective "target" sums it over target tokens, divides by their count in the global batch, and keeps the source
-    exactly clean. The objective "published" is DiffuSeq's: the mean over every position of a row, source and padding
-    included, with the embedding noise sigma_0 on the source too. Both add absorbing_weight * ||m||, and the routers'
-    losses.
+    The objective "target" sums it over target tokens, and divides by their count in the global batch. "published" is
+    DiffuSeq's (`training_losses_seq2seq`): z_0 = e + sigma_0 eps in place of e, but in the denoising at t = 0, the
+    source's too, no anchor, and the mean over every position of a row, source and padding included. Both add
+    absorbing_weight * ||m||, and the routers' losses.
     """
 
     def __init__(self, spec: RunSpec, vocab_size: int, device: torch.device | str = "cpu") -> None:
@@ -44,66 +47,102 @@ class DiffusionObjective(nn.Module):
         self.config = config  # AutoEP reads the number of experts here
         self.denoiser = Denoiser(config)
         self.absorbing = AbsorbingState(config.embedding_dim, learned=diffusion.absorbing)
-        self.schedule = NoiseSchedule(diffusion.num_timesteps)
-        self.timesteps = TimestepSampler(diffusion.num_timesteps, diffusion.timestep_sampling == "loss_aware", device)
+        self.schedule = NoiseSchedule(diffusion.noise_schedule, diffusion.num_timesteps, diffusion.noise_factor)
+        self.timesteps = TimestepSampler(diffusion, device)
         self.balance = (
             RouterBalance(config.num_layers, config.num_experts, config.top_k, device) if config.num_experts else None
         )
         self.statistics = LossStatistics(diffusion.num_timesteps, device)
 
+    def model(self) -> DiffusionModel:
+        """What sampling needs, with the weights as they are now."""
+        gamma = self.spec.diffusion.gamma * self.spec.diffusion.absorbing
+        return DiffusionModel(self.denoiser, self.absorbing(), self.schedule, gamma, self.spec.diffusion.estimate)
+
     def forward(self, batch: Batch) -> Tensor:
         """The micro-batch's share of the loss: its mean over all micro-batches of all ranks is the global loss."""
         diffusion = self.spec.diffusion
-        documents = batch.documents(self.config.num_source_global)
         published = diffusion.objective == "published"
-        noised_bl = batch.target_bl | ~documents.real_bl if published else batch.target_bl
+        documents = batch.documents(self.config.num_source_global)
+        target_bl = batch.target_bl | ~documents.real_bl if published else batch.target_bl
+        document_bl = documents.document_bl.clamp(min=0)  # padding, where it counts, belongs to the first
         length, dim = batch.tokens_bl.shape[1], self.config.embedding_dim
         key = NoiseKey(self.spec.seed, batch.step, batch.row_b)
 
         # 1. Draw a timestep for each document.
-        timestep_bm, weight_bm = self.timesteps.draw(key, batch.num_documents)
-        document_bl = documents.document_bl.clamp(min=0)  # padding, where it counts, belongs to the first
-        timestep_bl = timestep_bm.gather(1, document_bl)
-        alpha_bl, sigma_bl = self.schedule.alpha_sigma(timestep_bl)
+        timestep_bm, weight_bm = self.timesteps.draw(
+            key, batch.num_documents, batch.first_document_b, batch.totals.documents
+        )
 
-        # 2. Embed: z_0 = Emb(w) + sigma_0 * noise.
-        word_blz = self.denoiser.embedding(batch.tokens_bl).float()
+        # 2. Embed.
+        vocabulary = self.denoiser.vocabulary()
+        word_blz = self.denoiser.embed(batch.tokens_bl)
         first_sigma = (1.0 - self.schedule.alpha_bar_t[0].item()) ** 0.5
-        embedding_noise = first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
-        z_0 = word_blz + embedding_noise * (1.0 if published else noised_bl[..., None])
+        rounded_blz = word_blz + first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
+        z_0 = rounded_blz if published else word_blz
 
-        # 3. Noise the targets: z_t ~ q(z_t | z_0).
+        # 3. Noise the targets: z_t ~ q(z_t | z_0). A source that is dropped is as if it had been absorbed.
         m_z = self.absorbing()
         epsilon = key.normal(Purpose.DIFFUSION, length, dim)
-        replaced_bl = key.uniform(Purpose.ABSORBING, length) <= diffusion.gamma * sigma_bl * diffusion.absorbing
-        z_t = corrupt(z_0, m_z, alpha_bl, sigma_bl, epsilon, replaced_bl, noised_bl)
+        uniform_bl = key.uniform(Purpose.ABSORBING, length)
+        dropped_bm = key.uniform(Purpose.CONDITION, batch.num_documents) <= diffusion.condition_dropout
+        dropped_bl = dropped_bm.gather(1, document_bl) & ~target_bl & documents.real_bl
+        clean_blz = torch.where(dropped_bl[..., None], m_z, z_0)
+        clean_time_bl = dropped_bl * self.schedule.time(torch.tensor(self.schedule.last)).item()
 
-        # 4. Denoise.
-        time_bl = torch.where(noised_bl, self.schedule.time(timestep_bl), 0.0)
+        reader = Reader.of(diffusion.estimate, vocabulary, m_z)
+
+        def denoise(timestep_bm: Tensor, estimate_blz: Tensor | None) -> tuple[Tensor, Tensor]:
+            """The denoiser's output f, and its scores."""
+            timestep_bl = timestep_bm.gather(1, document_bl)
+            alpha_bl, sigma_bl = self.schedule.alpha_sigma(timestep_bl)
+            replaced_bl = uniform_bl <= diffusion.gamma * sigma_bl * diffusion.absorbing
+            z_t = corrupt(z_0, m_z, alpha_bl, sigma_bl, epsilon, replaced_bl)
+            z_t = torch.where(target_bl[..., None], z_t, clean_blz)
+            time_bl = torch.where(target_bl, self.schedule.time(timestep_bl), clean_time_bl)
+            f_blz = self.denoiser(z_t, time_bl, documents, estimate_blz)
+            return f_blz, reader.scores(f_blz, z_t, self.schedule.log_snr(timestep_bl))
+
+        # 4. Denoise, some documents with an estimate from earlier on their way from noise at hand.
+        estimate_blz = None
+        if diffusion.self_conditioning:
+            lag_bm = diffusion.self_conditioning_lag * key.uniform(Purpose.LAG, batch.num_documents)
+            earlier_bm = (timestep_bm + lag_bm * self.schedule.num_timesteps).clamp(max=self.schedule.last)
+            helped_bm = key.uniform(Purpose.SELF_CONDITIONING, batch.num_documents) <= diffusion.self_conditioning
+            with torch.no_grad():
+                estimate_blz = reader.clean(*denoise(earlier_bm, None), target_bl)
+            estimate_blz = estimate_blz * (helped_bm.gather(1, document_bl) & target_bl)[..., None]
         with captured_router_logits(self.denoiser) as router_logits:
-            f = self.denoiser(z_t, time_bl, documents)
+            f_blz, scores_bly = denoise(timestep_bm, estimate_blz)
 
         # 5. Compare, token by token.
-        goal = torch.where((timestep_bl == 0)[..., None], word_blz, z_0)
-        denoising_bl = (goal - f).square().mean(dim=-1)
-        logits_blv = self.denoiser.head(z_0.to(self.denoiser.head.weight.dtype))
-        rounding_bl = F.cross_entropy(logits_blv.flatten(0, 1).float(), batch.tokens_bl.flatten(), reduction="none")
-        rounding_bl = rounding_bl.view(batch.tokens_bl.shape)
-        last_alpha_bar = self.schedule.alpha_bar_t[-1].item()
-        prior_bl = last_alpha_bar * (z_0 - m_z).square().mean(dim=-1)
-        token_loss_bl = denoising_bl + rounding_bl + prior_bl
+        counted_bl = torch.ones_like(target_bl) if published else target_bl
+        count = batch.totals.rows * length if published else batch.totals.target_tokens
+        scale = batch.totals.micro_batches / max(count, 1)
+        weight_bl = weight_bm.gather(1, document_bl) * counted_bl * scale
+        timestep_bl = timestep_bm.gather(1, document_bl)
+        goal_blz = torch.where((timestep_bl == 0)[..., None], word_blz, z_0)
+        denoising_bl = (goal_blz - f_blz).square().mean(dim=-1)
+        if diffusion.snr_cap:
+            snr_bl = (2 * self.schedule.log_snr(timestep_bl)).exp().float()
+            denoising_bl = denoising_bl * snr_bl.clamp(max=diffusion.snr_cap)
+        prior_bl = self.schedule.alpha_bar_t[-1].item() * (z_0 - m_z).square().mean(dim=-1)
+        token_loss_bl = diffusion.denoising_weight * denoising_bl + prior_bl
 
         # 6. Average over the global batch.
-        counted_bl = torch.ones_like(batch.target_bl) if published else batch.target_bl
-        count = batch.totals.rows * length if published else batch.totals.target_tokens
-        weighted_bl = weight_bm.gather(1, document_bl) * counted_bl
-        scale = batch.totals.micro_batches / max(count, 1)
-        loss = (weighted_bl * token_loss_bl).sum() * scale
+        parts = {"denoising": (weight_bl * denoising_bl).sum()}
+        loss = (weight_bl * token_loss_bl).sum()
+        for name, part_weight, scored_bly, words in (
+            ("anchor", diffusion.anchor_weight, scores_bly, reader.scored),
+            ("rounding", diffusion.rounding_weight, rounded_blz, vocabulary),
+        ):
+            if part_weight:
+                parts[name], each_n = cross_entropy(
+                    scored_bly.flatten(0, 1), words, batch.tokens_bl.flatten(), weight_bl.flatten()
+                )
+                loss = loss + part_weight * parts[name]
+                token_loss_bl = token_loss_bl + part_weight * each_n.view_as(token_loss_bl)
         self._record(timestep_bm, document_bl, counted_bl, token_loss_bl)
-        parts = {
-            "denoising": (weighted_bl * denoising_bl).sum() * scale,
-            "rounding": (weighted_bl * rounding_bl).sum() * scale,
-        }
 
         # 7. Regularise the absorbing state and the routers.
         loss = loss + diffusion.absorbing_weight * m_z.norm()

@@ -10,7 +10,8 @@ the continuous time of training, of solvers with steps of their own, and of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,51 +58,70 @@ NOISE_SCHEDULES: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class NoiseLevel:
+    """One timestep in numbers that the host knows.
+
+    Attributes:
+        timestep: Any number in [0, T - 1].
+        log_snr: lambda.
+        alpha, sigma: Shares of signal and noise.
+    """
+
+    timestep: float
+    log_snr: float
+    alpha: float
+    sigma: float
+
+
 class NoiseSchedule:
     """The map between timesteps and noise.
 
     Attributes:
         name: A key of NOISE_SCHEDULES.
-        num_timesteps: T.
+        num_timesteps: T, at least 2.
         last: T - 1, the noisiest timestep.
-        beta_t: float64 [T], the variance added by each step; abar_t = prod (1 - beta_s), s <= t.
-        alpha_bar_t: float64 [T], the signal's share of the variance after each step.
-        log_snr_t: float64 [T], lambda of each timestep.
+        log_snr_t: float64 [T], lambda of each timestep: that of the name, with abar_t = prod (1 - beta_s) over s <= t,
+            less log(noise_factor). The process is the named one with noise so many times as strong (the noise factor
+            of Difformer, arXiv 2212.09412, section 4.3), scaled back to the variance of the named one.
+        alpha_bar_t: float64 [T], the signal's share of the variance, alpha_t^2.
     """
 
-    def __init__(self, name: str, num_timesteps: int) -> None:
+    def __init__(self, name: str, num_timesteps: int, noise_factor: float = 1.0) -> None:
+        assert num_timesteps >= 2, "between which timesteps would the others lie?"
         self.name = name
         self.num_timesteps = num_timesteps
         self.last = num_timesteps - 1
-        self.beta_t = NOISE_SCHEDULES[name](num_timesteps)
-        self.alpha_bar_t = (1.0 - self.beta_t).cumprod(dim=0)
-        self.log_snr_t = (self.alpha_bar_t.log() - torch.log1p(-self.alpha_bar_t)) / 2
+        named_t = (1.0 - NOISE_SCHEDULES[name](num_timesteps)).cumprod(dim=0)
+        self.log_snr_t = (named_t.log() - torch.log1p(-named_t)) / 2 - math.log(noise_factor)
+        self.alpha_bar_t = torch.sigmoid(2 * self.log_snr_t)
         assert (self.log_snr_t.diff() < 0).all(), f"{name}: noise must grow with every timestep"
         self._log_snr_on: dict[torch.device, Tensor] = {}
 
     def log_snr(self, timestep: Tensor) -> Tensor:
         """lambda at timesteps in [0, T - 1], float64, of their shape; exactly the table's at whole ones."""
         table_t = self._table(timestep.device)
-        below = timestep.long().clamp(0, max(self.last - 1, 0))
-        part = timestep.double() - below
-        above = (below + 1).clamp(max=self.last)
-        return torch.lerp(table_t[below], table_t[above], part)
+        below = timestep.long().clamp(0, self.last - 1)
+        return torch.lerp(table_t[below], table_t[below + 1], timestep.double() - below)
 
     def timestep_of(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`, float64; what lies outside the schedule gives its nearer end."""
         table_t = self._table(log_snr.device)
         wanted = log_snr.double().clamp(table_t[-1], table_t[0])
-        above = (
-            torch.searchsorted(-table_t, -wanted).clamp(1, self.last) if self.last else torch.zeros_like(wanted).long()
-        )
-        below = (above - 1).clamp(min=0)
-        span = table_t[above] - table_t[below]
-        return below + torch.where(span == 0, 0.0, (wanted - table_t[below]) / span)
+        below = torch.searchsorted(-table_t, -wanted).clamp(1, self.last) - 1
+        return below + (table_t[below] - wanted) / (table_t[below] - table_t[below + 1])
 
     def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in fp32, of the timesteps' shape."""
         alpha, sigma = alpha_sigma_of(self.log_snr(timestep))
         return alpha.float(), sigma.float()
+
+    def levels(self, timesteps: Sequence[float]) -> list[NoiseLevel]:
+        """These timesteps one by one, in double precision, without waiting for a device."""
+        timestep_n = torch.tensor(timesteps, dtype=torch.float64)
+        log_snr_n = self.log_snr(timestep_n)
+        numbers = (timestep_n, log_snr_n, *alpha_sigma_of(log_snr_n))
+        return [NoiseLevel(*row) for row in torch.stack(numbers, dim=1).tolist()]
 
     def time(self, timestep: Tensor) -> Tensor:
         """What the denoiser is told: t * 1000 / T in fp32, so that it does not depend on T."""

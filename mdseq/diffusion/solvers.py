@@ -1,89 +1,177 @@
 """From noise to data, with a given number of denoiser calls.
 
 Solvers work on u = z - m, for which the process with the soft absorbing state is a plain variance-preserving one:
-u_t = alpha_t u_0 + sigma_t eps. `predict(u, t)` is the denoiser's estimate of u_0 from u at the timestep t.
+u_t = alpha_t u_0 + sigma_t eps. With lambda = log(alpha / sigma), h the step in lambda from t to s, and one estimate D
+of u_0 held over the step, the equations that lead back to the data have exact solutions (Lu et al., arXiv 2211.01095):
+
+    ODE   u_s = (sigma_s / sigma_t) u_t + alpha_s (1 - e^-h) D
+    SDE   u_s = (sigma_s / sigma_t) e^-h u_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) eps
+
+All solvers take such steps. They differ in D: what the denoiser says at t, or that and what it said at other levels,
+extrapolated over the step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from mdseq.diffusion.schedule import NoiseSchedule
-
-Predict = Callable[[Tensor, int], Tensor]
-DrawNormal = Callable[[int], Tensor]
+from mdseq.diffusion.schedule import NoiseLevel
 
 
-class Solver(Protocol):
-    """Takes u at the first timestep of the grid to an estimate of u_0.
+@dataclass(frozen=True)
+class ReverseProcess:
+    """What a solver is given besides its starting point.
 
-    Args:
-        predict: The denoiser; called once for each timestep of the grid.
-        u: Starting point.
-        schedule: Noise schedule.
-        grid: Timesteps, descending.
-        draw_normal: Standard normal noise of u's shape for the i-th step; deterministic solvers ignore it.
+    Attributes:
+        levels: Ever less noise.
+        predict: The denoiser's estimate of u_0 from u at a level.
+        draw_normal: Standard normal noise of u's shape for the step that ends at a level.
+        after_step: What becomes of u when a step has ended at a level.
     """
 
-    def __call__(
-        self, predict: Predict, u: Tensor, schedule: NoiseSchedule, grid: list[int], draw_normal: DrawNormal
-    ) -> Tensor: ...
+    levels: Sequence[NoiseLevel]
+    predict: Callable[[Tensor, NoiseLevel], Tensor]
+    draw_normal: Callable[[NoiseLevel], Tensor]
+    after_step: Callable[[Tensor, NoiseLevel], Tensor]
 
 
-def time_grid(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` timesteps from T - 1 down to 0, evenly spaced."""
-    assert 1 <= num_steps <= num_timesteps, f"{num_steps} steps of {num_timesteps}"
-    return torch.linspace(num_timesteps - 1, 0, num_steps, dtype=torch.float64).round().long().tolist()
+# Takes u at the first level to the denoiser's estimate of u_0 at the last one, with one call at each level, in order.
+Solver = Callable[[ReverseProcess, Tensor], Tensor]
 
 
-def ddpm(predict: Predict, u: Tensor, schedule: NoiseSchedule, grid: list[int], draw_normal: DrawNormal) -> Tensor:
-    """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 7), between any two timesteps of the grid.
+def ddim(process: ReverseProcess, u: Tensor) -> Tensor:
+    """DDIM without noise (arXiv 2010.02502, eq. 12), which is DPM-Solver++(1): first order."""
+    return _multistep(process, u, process.levels, _ode_step, deque(maxlen=1))
 
-    u_s = c_0 u_0 + c_t u_t + sqrt(v) eps: the posterior q(u_s | u_t, u_0) with the predicted u_0.
+
+def ddpm(process: ReverseProcess, u: Tensor) -> Tensor:
+    """Ancestral sampling (DDPM, arXiv 2006.11239, eq. 7) over steps of any length, which is SDE-DPM-Solver++(1).
+
+    Each step draws from the posterior q(u_s | u_t, u_0) with the predicted u_0.
     """
-    alpha_bar = schedule.alpha_bar_t
-    for i, (t, s) in enumerate(pairwise(grid)):
-        abar_t, abar_s = alpha_bar[t].item(), alpha_bar[s].item()
-        ratio = abar_t / abar_s
-        c_0 = abar_s**0.5 * (1 - ratio) / (1 - abar_t)
-        c_t = ratio**0.5 * (1 - abar_s) / (1 - abar_t)
-        variance = (1 - ratio) * (1 - abar_s) / (1 - abar_t)
-        u = c_0 * predict(u, t) + c_t * u + variance**0.5 * draw_normal(i)
-    return predict(u, grid[-1])
+    return _multistep(process, u, process.levels, _sde_step, deque(maxlen=1))
 
 
-def dpm_solver(
-    predict: Predict, u: Tensor, schedule: NoiseSchedule, grid: list[int], draw_normal: DrawNormal
+def dpm_2s(process: ReverseProcess, u: Tensor) -> Tensor:
+    """DPM-Solver++(2S) (algorithm 1): second order, two calls a step, nothing remembered between steps.
+
+    Every other level lies within a step. Where that leaves one over, the last step is of first order.
+    """
+    levels = process.levels
+    for t, middle, s in zip(levels[0::2], levels[1::2], levels[2::2], strict=False):
+        u = _two_call_step(process, u, t, middle, s, deque(maxlen=2))
+    left_over = levels[-2:] if len(levels) % 2 == 0 else levels[-1:]
+    return _multistep(process, u, left_over, _ode_step, deque(maxlen=1))
+
+
+def dpm_2m(process: ReverseProcess, u: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (algorithm 2): second order, one call a step. Its first step is of first order."""
+    return _multistep(process, u, process.levels, _ode_step, deque(maxlen=2))
+
+
+def dpm_2m_sde(process: ReverseProcess, u: Tensor) -> Tensor:
+    """SDE-DPM-Solver++(2M): ancestral sampling with the D of DPM-Solver++(2M)."""
+    return _multistep(process, u, process.levels, _sde_step, deque(maxlen=2))
+
+
+def dpm_3m(process: ReverseProcess, u: Tensor) -> Tensor:
+    """DPM-Solver++(3M): third order, one call a step.
+
+    It starts with a step of DPM-Solver++(2S), which spends the first two calls: a first step of first order, as is
+    usual, would leave the whole of second. Two levels are too few for that; they make one step of first order.
+    """
+    levels, newest = process.levels, deque[_Known](maxlen=3)
+    if len(levels) > 2:
+        t, middle, s = levels[:3]
+        u = _two_call_step(process, u, t, middle, s, newest)
+        levels = levels[2:]
+    return _multistep(process, u, levels, _ode_step, newest)
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_2s": dpm_2s,
+    "dpm_2m": dpm_2m,
+    "dpm_3m": dpm_3m,
+    "dpm_2m_sde": dpm_2m_sde,
+}
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What the denoiser said at a level."""
+
+    level: NoiseLevel
+    estimate: Tensor
+
+
+_Step = Callable[[ReverseProcess, Tensor, NoiseLevel, NoiseLevel, Tensor], Tensor]
+
+
+def _ode_step(process: ReverseProcess, u: Tensor, t: NoiseLevel, s: NoiseLevel, estimate: Tensor) -> Tensor:
+    h = s.log_snr - t.log_snr
+    return s.sigma / t.sigma * u - s.alpha * math.expm1(-h) * estimate
+
+
+def _sde_step(process: ReverseProcess, u: Tensor, t: NoiseLevel, s: NoiseLevel, estimate: Tensor) -> Tensor:
+    h = s.log_snr - t.log_snr
+    kept = s.sigma / t.sigma * math.exp(-h)
+    renewed = -math.expm1(-2 * h)
+    return kept * u + s.alpha * renewed * estimate + s.sigma * math.sqrt(renewed) * process.draw_normal(s)
+
+
+def _multistep(
+    process: ReverseProcess, u: Tensor, levels: Sequence[NoiseLevel], step: _Step, newest: deque[_Known]
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): second order, one call a step.
+    """One call a step; D comes from the estimates in `newest`, which holds as many as the order asks for."""
+    for t, s in pairwise(levels):
+        newest.append(_Known(t, process.predict(u, t)))
+        u = process.after_step(step(process, u, t, s, _extrapolated(newest, s)), s)
+    return process.predict(u, levels[-1])
 
-    With lambda = log(alpha / sigma), h the step in lambda and r = h_previous / h,
 
-        D = (1 + 1 / 2r) u_0(t) - 1 / 2r u_0(t_previous)
-        u_s = (sigma_s / sigma_t) u_t - alpha_s (e^-h - 1) D
+def _two_call_step(
+    process: ReverseProcess, u: Tensor, t: NoiseLevel, middle: NoiseLevel, s: NoiseLevel, newest: deque[_Known]
+) -> Tensor:
+    """A step from t to s by way of a level in between, with an error of O(h^3); both estimates go to `newest`."""
+    first = process.predict(u, t)
+    second = process.predict(_ode_step(process, u, t, middle, first), middle)
+    newest.extend((_Known(t, first), _Known(middle, second)))
+    share = (s.log_snr - t.log_snr) / (2 * (middle.log_snr - t.log_snr))
+    return process.after_step(_ode_step(process, u, t, s, (1 - share) * first + share * second), s)
+
+
+def _extrapolated(known: Sequence[_Known], s: NoiseLevel) -> Tensor:
+    """D for the step from the newest known level t to s, from one to three estimates, oldest first.
+
+    Three, at x = 0, -a and -b of x = (lambda - lambda_t) / h, are met by the parabola e + c_1 x + c_2 x^2. The ODE
+    weighs the estimate at x by e^-h(1 - x), which gives x^n the mean m_n / m_0 over the step:
+
+        m_n = h int_0^1 e^-h(1 - x) x^n dx:   m_0 = 1 - e^-h,   m_1 = 1 - m_0 / h,   m_2 = 1 - 2 m_1 / h
+
+    Two give DPM-Solver++(2M)'s D = e + c_1 / 2. The authors' code gives c_2 half its weight, and with it their solver
+    of third order is of second.
     """
-    alpha = schedule.alpha_bar_t.sqrt().tolist()
-    sigma = (1 - schedule.alpha_bar_t).sqrt().tolist()
-    log_ratio = (schedule.alpha_bar_t.log() - torch.log1p(-schedule.alpha_bar_t)).div(2).tolist()
-    previous: tuple[Tensor, float] | None = None
-    for t, s in pairwise(grid):
-        estimate = predict(u, t)
-        h = log_ratio[s] - log_ratio[t]
-        if previous is None:
-            d = estimate
-        else:
-            earlier, h_previous = previous
-            half = h / (2 * h_previous)
-            d = (1 + half) * estimate - half * earlier
-        u = sigma[s] / sigma[t] * u - alpha[s] * math.expm1(-h) * d
-        previous = estimate, h
-    return predict(u, grid[-1])
-
-
-SOLVERS: dict[str, Solver] = {"dpm_2m": dpm_solver, "ddpm": ddpm}
+    *earlier, newest = known
+    if not earlier:
+        return newest.estimate
+    t = newest.level.log_snr
+    h = s.log_snr - t
+    a = (t - earlier[-1].level.log_snr) / h
+    slope = (newest.estimate - earlier[-1].estimate) / a
+    if len(earlier) == 1:
+        return newest.estimate + slope / 2
+    b = (t - earlier[-2].level.log_snr) / h
+    earlier_slope = (earlier[-1].estimate - earlier[-2].estimate) / (b - a)
+    c_2 = (slope - earlier_slope) / b
+    m_0 = -math.expm1(-h)
+    m_1 = 1 - m_0 / h
+    m_2 = 1 - 2 * m_1 / h
+    return newest.estimate + (m_1 * (slope + a * c_2) + m_2 * c_2) / m_0

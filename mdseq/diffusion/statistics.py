@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 NUM_NOISE_LEVELS = 10
-PARTS = ("loss", "denoising", "rounding", "balance", "router_z")
+PARTS = ("loss", "denoising", "anchor", "rounding", "balance", "router_z")
 
 
 class LossStatistics:
@@ -33,7 +33,7 @@ class LossStatistics:
 
     def add_documents(self, timestep_bm: Tensor, loss_bm: Tensor, counted_bm: Tensor) -> None:
         """Add the mean loss of each document that counts."""
-        level = timestep_bm.flatten() * NUM_NOISE_LEVELS // self.num_timesteps
+        level = (timestep_bm.flatten() * NUM_NOISE_LEVELS / self.num_timesteps).long()
         sums, counts = self.tally[len(PARTS) + 1 :].view(2, NUM_NOISE_LEVELS)
         sums.index_add_(0, level, (loss_bm * counted_bm).flatten())
         counts.index_add_(0, level, counted_bm.flatten().float())

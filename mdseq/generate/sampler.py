@@ -1,10 +1,11 @@
 """Fill the target positions of rows by solving the reverse process.
 
-Shapes: b batch, l length, z embedding dimension.
+Shapes: b batch, l length, z embedding dimension, n rows that still need the denoiser.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from torch import Tensor
 
 from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.rounding import likeliest_tokens, nearest_tokens
-from mdseq.diffusion.solvers import SOLVERS, time_grid
+from mdseq.diffusion.schedule import NoiseLevel
+from mdseq.diffusion.solvers import SOLVERS, ReverseProcess
+from mdseq.diffusion.time_grids import TIME_GRIDS, time_grid
+from mdseq.errors import UserError
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.sparse import Documents
 
@@ -23,18 +27,22 @@ class SamplerOptions:
     """How to solve.
 
     Attributes:
-        num_calls: Denoiser calls.
+        num_calls: Denoiser calls; at t = T - 1 the first, at t = 0 the last, whose estimate is the result.
         solver: A key of `mdseq.diffusion.solvers.SOLVERS`.
-        time_grid: A key of `mdseq.diffusion.solvers.TIME_GRIDS`: where between T - 1 and 0 the calls are spent.
-        seed: Key of all noise.
+        time_grid: A key of `mdseq.diffusion.time_grids.TIME_GRIDS`: where between T - 1 and 0 the calls are spent.
+        seed: Key of all noise, below 2**32.
         guidance: Weight w of the source: e' + w (e - e'), with e' the estimate without source (classifier-free
             guidance, arXiv 2207.12598); 1 for none. Costs a second pass of the denoiser in each call.
         clamp: Replace every estimate by its nearest embedding (DiffuSeq's clamping trick).
-        threshold: Quantile of an estimate's values that is scaled down to the largest value of an embedding (dynamic
-            thresholding, Imagen, arXiv 2205.11487, section 2.3); 1 for none.
-        absorb: Apply the discrete part of the soft absorbing state while sampling: after each step a target token is
-            m with probability gamma * sigma.
+        threshold: Quantile of the size of an estimate's values; what exceeds it is cut, and the rest scaled down, so
+            that none exceeds the largest of all embeddings (dynamic thresholding, Imagen, arXiv 2205.11487, section
+            2.3); 1 for none.
+        absorb: Apply the discrete part of the soft absorbing state while sampling: after each step but the last, a
+            target token is m with probability gamma * sigma.
         patience: Calls for which all tokens of a row must stay the same until the row is done; 0 to make all calls.
+
+    Raises:
+        UserError: If a value is not allowed.
     """
 
     num_calls: int = 20
@@ -46,6 +54,19 @@ class SamplerOptions:
     threshold: float = 1.0
     absorb: bool = False
     patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed, fits in (
+            ("num_calls", "1 or more denoiser calls", self.num_calls >= 1),
+            ("solver", f"one of {', '.join(SOLVERS)}", self.solver in SOLVERS),
+            ("time_grid", f"one of {', '.join(TIME_GRIDS)}", self.time_grid in TIME_GRIDS),
+            ("seed", "0 to 4294967295", 0 <= self.seed < 2**32),
+            ("guidance", "a finite number of at least 0; 1 is no guidance", 0 <= self.guidance < math.inf),
+            ("threshold", "more than 0 and at most 1, such as 0.995; 1 is no threshold", 0 < self.threshold <= 1),
+            ("patience", "0 or more calls; 0 makes them all", self.patience >= 0),
+        ):
+            if not fits:
+                raise UserError(f"the sampler's {name} = {getattr(self, name)} is not allowed; give {allowed}")
 
 
 @dataclass(frozen=True)
@@ -97,23 +118,131 @@ def sample(
         documents: What each row holds.
         sample_b: Id of each row's noise: with the seed, it fixes the result, whatever else is in the batch.
         options: Solver, calls, seed.
-        observe: Called with the state of each call.
+        observe: Called with the state of each call, until no row needs another.
     """
+    levels = model.schedule.levels(time_grid(options.time_grid, model.schedule, options.num_calls))
     rows = GivenRows.of(model, tokens_bl, target_bl, documents)
-    vocabulary = model.denoiser.vocabulary()
+    denoised = _Denoised(rows, tokens_bl, options, observe)
+    keys = {level: NoiseKey(options.seed, index, sample_b) for index, level in enumerate(levels)}
+    length, dim = rows.source_blz.shape[1:]
 
-    def predict(u_blz: Tensor, timestep: float) -> Tensor:
-        timestep_b = torch.full((len(u_blz),), timestep, device=u_blz.device, dtype=torch.float64)
-        x_blz = rows.predict(u_blz + model.m_z, timestep_b)
+    def draw_normal(level: NoiseLevel) -> Tensor:
+        return keys[level].normal(Purpose.SAMPLING, length, dim)
+
+    def absorb(u_blz: Tensor, level: NoiseLevel) -> Tensor:
+        if not options.absorb or level is levels[-1]:
+            return u_blz
+        absorbed_bl = keys[level].uniform(Purpose.RESAMPLING, length) <= model.gamma * level.sigma
+        return torch.where(absorbed_bl[..., None], 0.0, u_blz)  # z = m
+
+    start_blz = keys[levels[0]].normal(Purpose.STARTING, length, dim)
+    # What the solver returns is the newest estimate, which is kept.
+    SOLVERS[options.solver](ReverseProcess(levels, denoised.predict, draw_normal, absorb), start_blz)
+    return Samples(denoised.tokens(), denoised.calls_b)
+
+
+class _Denoised:
+    """The newest estimate of every row, and the denoiser as solvers call it: only for the rows that still need it.
+
+    Attributes:
+        rows: Those that do.
+        row_n: Where they are in the batch.
+        x_blz: Newest estimate of the clean embeddings; zero in rows without targets.
+        scores_bly: Scores of its tokens.
+        tokens_bl: The likeliest of them, if they are looked at in every call; -1 at targets that have none yet.
+        confidence_bl: Their probabilities.
+        unchanged_b: For how many calls the tokens of a row have been the same.
+        calls_b: Calls made for each row.
+    """
+
+    def __init__(
+        self,
+        rows: GivenRows,
+        tokens_bl: Tensor,
+        options: SamplerOptions,
+        observe: Callable[[Estimate], None] | None,
+    ) -> None:
+        self.options = options
+        self.observe = observe
+        self.rows = rows
+        self.row_n = torch.arange(len(tokens_bl), device=tokens_bl.device)
+        self.x_blz = torch.zeros_like(rows.source_blz)
+        scored = rows.reader.scored
+        self.scores_bly = self.x_blz.new_zeros(*tokens_bl.shape, scored.embedding_vz.shape[1])
+        self.tokens_bl = torch.where(rows.target_bl, -1, tokens_bl)
+        self.confidence_bl = torch.ones_like(self.tokens_bl, dtype=self.x_blz.dtype)
+        self.unchanged_b = torch.zeros_like(self.row_n)
+        self.calls_b = torch.zeros_like(self.row_n)
+        self.num_calls = 0
+        self._keep(rows.target_bl.any(dim=1))
+
+    def predict(self, u_blz: Tensor, level: NoiseLevel) -> Tensor:
+        """The estimate of u_0 = z_0 - m; that of a row which is done stays as it is."""
+        m_z = self.rows.model.m_z
+        if len(self.row_n):
+            self.x_blz[self.row_n], self.scores_bly[self.row_n] = self._estimate(u_blz[self.row_n] + m_z, level)
+            self.calls_b[self.row_n] += 1
+            if self._looked_at:
+                self._look(level)
+            self.num_calls += 1
+        return self.x_blz - m_z
+
+    def tokens(self) -> Tensor:
+        """Tokens of the newest estimate."""
+        if not self._looked_at and len(self.row_n):
+            self._round()
+        return self.tokens_bl
+
+    @property
+    def _looked_at(self) -> bool:
+        return self.observe is not None or self.options.patience > 0
+
+    def _estimate(self, z_nlz: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        options, rows = self.options, self.rows
+        earlier_nlz = None
+        if rows.model.denoiser.config.self_conditioning and self.num_calls:
+            earlier_nlz = self.x_blz[self.row_n]
+        timestep_n = torch.full((len(z_nlz),), level.timestep, device=z_nlz.device, dtype=torch.float64)
+        prediction = rows.predict(z_nlz, timestep_n, earlier_nlz, options.guidance)
+        x_nlz, embedding_vz = prediction.clean_blz, rows.reader.embedding_vz
+        if options.threshold < 1:
+            x_nlz = thresholded(x_nlz, rows.target_bl, options.threshold, embedding_vz.abs().max())
         if options.clamp:
-            x_blz = vocabulary.embedding_vz[nearest_tokens(x_blz, vocabulary)]
-        return x_blz - model.m_z
+            x_nlz = embedding_vz[nearest_tokens(x_nlz, embedding_vz)]
+        return x_nlz, x_nlz if rows.reader.reading == "output" else prediction.scores_bly
 
-    def draw_normal(step: int) -> Tensor:
-        return NoiseKey(options.seed, step, sample_b).normal(Purpose.SAMPLING, *rows.source_blz.shape[1:])
+    def _look(self, level: NoiseLevel) -> None:
+        """Tell the observer, and let go of the rows that have not changed for long enough."""
+        earlier_bl = self.tokens_bl
+        self._round()
+        same_b = (self.tokens_bl == earlier_bl).all(dim=1)
+        self.unchanged_b = torch.where(same_b, self.unchanged_b + 1, 0)
+        if self.observe is not None:
+            self.observe(Estimate(self.num_calls, level.timestep, self.tokens_bl, self.confidence_bl))
+        if self.options.patience:
+            self._keep(self.unchanged_b[self.row_n] < self.options.patience)
 
-    grid = time_grid(model.schedule.num_timesteps, options.num_calls)
-    start_blz = NoiseKey(options.seed, 0, sample_b).normal(Purpose.STARTING, *rows.source_blz.shape[1:])
-    u_blz = SOLVERS[options.solver](predict, start_blz, model.schedule, grid, draw_normal)
-    generated_bl, _ = likeliest_tokens(u_blz + model.m_z, vocabulary)
-    return Samples(torch.where(target_bl, generated_bl, tokens_bl), torch.full_like(sample_b, options.num_calls))
+    def _round(self) -> None:
+        target_nl = self.rows.target_bl
+        tokens_nl, confidence_nl = likeliest_tokens(self.scores_bly[self.row_n], self.rows.reader.scored)
+        tokens_nl = torch.where(target_nl, tokens_nl, self.tokens_bl[self.row_n])
+        confidence_nl = torch.where(target_nl, confidence_nl, 1.0)
+        self.tokens_bl = self.tokens_bl.index_copy(0, self.row_n, tokens_nl)
+        self.confidence_bl = self.confidence_bl.index_copy(0, self.row_n, confidence_nl)
+
+    def _keep(self, needed_n: Tensor) -> None:
+        if not needed_n.all():
+            kept = needed_n.nonzero().flatten()
+            self.rows, self.row_n = self.rows.take(kept), self.row_n[kept]
+
+
+def thresholded(x_blz: Tensor, target_bl: Tensor, quantile: float, largest: Tensor) -> Tensor:
+    """Cut a row's values at the quantile of their size over its targets, then scale them until none exceeds `largest`.
+
+    Rows of which the quantile does not exceed `largest` are cut there, and not scaled. Every row must have a target.
+    """
+    size_bn = x_blz.abs().masked_fill(~target_bl[..., None], torch.inf).flatten(1).sort(dim=1).values
+    count_b = target_bl.sum(dim=1) * x_blz.shape[2]
+    place_b = (quantile * (count_b.double() - 1)).ceil().long()
+    limit_b11 = size_bn.gather(1, place_b[:, None])[..., None].clamp(min=largest)
+    return x_blz.clamp(-limit_b11, limit_b11) * (largest / limit_b11)

@@ -1,9 +1,9 @@
 """The run's metrics as files: one JSON object a logged step, and TensorBoard scalars.
 
-`metrics.jsonl` keys: step; loss, denoising, rounding, balance, router_z (means since the last line); noise_level_0 ..
-noise_level_9 (mean loss of the documents whose t fell into that tenth of [0, T); absent where none did); tokens (real
-ones since the start), tokens_per_second, grad_norm, learning_rate, peak_memory_gib (of rank 0 so far); and expert_load
-(a list a layer of each expert's share of assignments; empty without experts).
+`metrics.jsonl` keys: step; loss, denoising, anchor, rounding, balance, router_z (means since the last line, 0 for what
+the loss lacks); noise_level_0 .. noise_level_9 (mean loss of the documents whose t fell into that tenth of [0, T);
+absent where none did); tokens (real ones since the start), tokens_per_second, grad_norm, learning_rate, peak_memory_gib
+(of rank 0 so far); and expert_load (a list a layer of each expert's share of assignments; empty without experts).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _SECTIONS = {
-    **dict.fromkeys(("loss", "denoising", "rounding", "balance", "router_z"), "loss"),
+    **dict.fromkeys(("loss", "denoising", "anchor", "rounding", "balance", "router_z"), "loss"),
     **dict.fromkeys(("grad_norm", "learning_rate"), "optimiser"),
     **dict.fromkeys(("tokens", "tokens_per_second", "peak_memory_gib"), "throughput"),
 }

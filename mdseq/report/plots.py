@@ -36,7 +36,9 @@ def plot_run(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def _plot_loss(axis: Axes, metrics: list[dict[str, Any]]) -> None:
     steps = [line["step"] for line in metrics]
-    for name, style in (("loss", "-"), ("denoising", "--"), ("rounding", ":")):
+    for name, style in (("loss", "-"), ("denoising", "--"), ("anchor", "-."), ("rounding", ":")):
+        if not any(line[name] for line in metrics):
+            continue
         axis.plot(steps, [line[name] for line in metrics], style, label=name, linewidth=1.5)
     axis.set(xlabel="step", ylabel="per target token", title="loss", ylim=(0, None))
     axis.legend()

@@ -24,7 +24,8 @@ class Documents:
 
     Attributes:
         document_bl: Index of the document within its row, ascending; NO_DOCUMENT at padding. A document may be empty.
-        position_bl: Position within the document.
+        position_bl: Position within the document; of a pair, the target's count from 1 again, so that a word and its
+            counterpart in the source have nearly the same.
         num_documents: At least the documents of any row; known on the host.
         global_bl: Tokens that are global, or None for none.
         num_global_tokens: The fewest and the most global tokens of any row; known on the host.
@@ -38,10 +39,14 @@ class Documents:
     _layouts: dict[int, Layout] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def whole(cls, length_b: Tensor, row_length: int) -> Documents:
-        """One document a row, of the given lengths, then padding."""
-        position_bl = torch.arange(row_length, device=length_b.device).expand(len(length_b), row_length)
-        real_bl = position_bl < length_b[:, None]
+    def whole(cls, length_b: Tensor, row_length: int, source_length_b: Tensor | None = None) -> Documents:
+        """One document a row, of these lengths, then padding; for pairs, with those of their sources (0 for none)."""
+        slot_bl = torch.arange(row_length, device=length_b.device).expand(len(length_b), row_length)
+        real_bl = slot_bl < length_b[:, None]
+        position_bl = slot_bl
+        if source_length_b is not None:
+            source_b1 = source_length_b[:, None]
+            position_bl = torch.where(slot_bl < source_b1, slot_bl, slot_bl - (source_b1 - 1).clamp(min=0))
         return cls(torch.where(real_bl, 0, NO_DOCUMENT), position_bl * real_bl, num_documents=1)
 
     @property
@@ -80,8 +85,16 @@ class Documents:
 
 
 def leading_source(documents: Documents, target_bl: Tensor, count: int) -> Tensor:
-    """The first `count` tokens of each document, as far as they are not to be generated: bool [b, l]."""
-    return (documents.position_bl < count) & ~target_bl & documents.real_bl
+    """The first `count` tokens of each document, as far as they stand before its first target: bool [b, l]."""
+    (b, length), real_bl = target_bl.shape, documents.real_bl
+    slot_bl = torch.arange(length, device=target_bl.device).expand(b, length)
+    owner_bl = documents.document_bl.clamp(min=0)
+
+    def first_slot(of_bl: Tensor) -> Tensor:
+        slot_bm = torch.full((b, documents.num_documents), length, device=target_bl.device)
+        return slot_bm.scatter_reduce_(1, owner_bl, torch.where(of_bl, slot_bl, length), "amin").gather(1, owner_bl)
+
+    return real_bl & (slot_bl < torch.minimum(first_slot(real_bl) + count, first_slot(target_bl & real_bl)))
 
 
 @dataclass(frozen=True)

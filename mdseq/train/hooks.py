@@ -14,8 +14,9 @@ import torch.distributed as dist
 from mdseq.data.format import Kind
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.engine.checkpoint import CheckpointManifest, remove_old_checkpoints, save_checkpoint
+from mdseq.generate.prompts import Prompt
 from mdseq.generate.sampler import SamplerOptions
-from mdseq.generate.text import Prompt, TextGenerator
+from mdseq.generate.text import TextGenerator
 from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
 from mdseq.train.loop import Trainer

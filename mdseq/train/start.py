@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import TOKENIZER_FILE
+from mdseq.data.lengths import LengthTable
 from mdseq.data.loader import Loader
-from mdseq.data.prefix import CleanPrefix
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.engine.build import build_engine, start_processes, stop_processes
@@ -93,7 +94,7 @@ def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
         spec.data.micro_batch_size,
         dist.get_rank(),
         dist.get_world_size(),
-        CleanPrefix(spec.seed, spec.data.max_prefix) if corpus.manifest.kind == "text" else None,
+        CleanEnds.of(spec) if corpus.manifest.kind == "text" else None,
         device,
     )
     trainer = Trainer(spec, engine, loader, WeightAverage(engine, spec.optimiser.ema_decay), device)
@@ -123,10 +124,14 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
         denoiser=DenoiserConfig.of(spec, manifest.vocab_size),
         noise_schedule=spec.diffusion.noise_schedule,
         num_timesteps=spec.diffusion.num_timesteps,
+        noise_factor=spec.diffusion.noise_factor,
+        estimate=spec.diffusion.estimate,
         gamma=spec.diffusion.gamma * spec.diffusion.absorbing,
         document_kind=manifest.kind,
         row_length=spec.data.row_length,
         step=trainer.step,
+        condition_dropout=spec.diffusion.condition_dropout,
+        lengths=LengthTable.of(plan.corpus).to_dict(),
     )
     tokenizer_path = Path(spec.data.path) / TOKENIZER_FILE
     return [

@@ -37,6 +37,7 @@ def corpus_of(tmp_path_factory: pytest.TempPathFactory) -> CorpusOf:
         documents_per_batch: int = 3,
         weights: dict[str, float] | None = None,
         documents_per_source: int | None = None,
+        kind: Kind = "text",
     ) -> Corpus:
         starts = [1] * len(lengths) if target_starts is None else list(target_starts)
         sources: dict[str, list[Shard]] = {}
@@ -50,7 +51,11 @@ def corpus_of(tmp_path_factory: pytest.TempPathFactory) -> CorpusOf:
                 shards.append(Shard(tokens, lengths[first:stop], starts[first:stop]))
             sources["abcdefgh"[source]] = shards
         path = write_dataset(
-            folder / str(next(numbers)), {"train": sources}, weights=weights, documents_per_batch=documents_per_batch
+            folder / str(next(numbers)),
+            {"train": sources},
+            kind=kind,
+            weights=weights,
+            documents_per_batch=documents_per_batch,
         )
         return Corpus.open(path, "train")
 

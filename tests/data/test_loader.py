@@ -21,7 +21,7 @@ from mdseq.data.loader import Loader
 from mdseq.data.mixture import MixedOrder
 from mdseq.data.order import RowOrder
 from mdseq.data.packing import JoinedPacking, Packing, Pieces, SplitPacking, WholePacking
-from mdseq.data.prefix import CleanPrefix
+from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.errors import UserError
 
@@ -234,7 +234,7 @@ def test_to_moves_every_tensor(corpus_of: Any) -> None:
 
 
 @given(st.integers(0, 50))
-def test_a_clean_prefix_is_counted_out_and_is_the_same_for_every_layout(corpus_of: Any, step: int) -> None:
+def test_clean_ends_are_counted_out_and_are_the_same_for_every_layout(corpus_of: Any, step: int) -> None:
     corpus = corpus_of([40, 25, 60, 33, 50])
     packing = SplitPacking(corpus, 32)
     batches = {}
@@ -242,7 +242,7 @@ def test_a_clean_prefix_is_counted_out_and_is_the_same_for_every_layout(corpus_o
         for rank in range(num_ranks):
             loader = Loader(
                 corpus, packing, RowOrder(packing.num_rows, seed=1), 32, 4, 4 // num_ranks, rank, num_ranks,
-                prefix=CleanPrefix(seed=3, max_share=0.5),
+                clean_ends=CleanEnds(seed=3, max_prefix=0.5, max_suffix=0.3),
             )  # fmt: skip
             batches[num_ranks, rank] = loader.micro_batches(step)[0]
             loader.close()
@@ -251,13 +251,42 @@ def test_a_clean_prefix_is_counted_out_and_is_the_same_for_every_layout(corpus_o
     assert whole.totals.target_tokens == int(whole.target_bl.sum()) == halves[0].totals.target_tokens
 
 
-def test_a_clean_prefix_leaves_half_of_the_pieces_alone_and_at_most_max_share_of_the_others() -> None:
+def test_each_clean_end_leaves_half_of_the_pieces_alone_and_takes_at_most_its_share_of_the_others() -> None:
     row, zeros = np.repeat(np.arange(500), 4), np.zeros(2000, dtype=np.int64)
     pieces = Pieces(row, zeros, zeros, zeros, zeros)
-    shares = CleanPrefix(seed=0, max_share=0.4).shares(step=1, rows=np.arange(500), pieces=pieces)
-    assert 0.45 < (shares == 0).mean() < 0.55
-    assert 0.39 < shares.max() <= 0.4
-    assert len(np.unique(shares)) > 900, "every piece of a row has a share of its own"
+    prefixes, suffixes = CleanEnds(seed=0, max_prefix=0.4, max_suffix=0.2).shares(1, np.arange(500), pieces)
+    for shares, most in ((prefixes, 0.4), (suffixes, 0.2)):
+        assert 0.45 < (shares == 0).mean() < 0.55
+        assert most - 0.01 < shares.max() <= np.float32(most)
+        assert len(np.unique(shares)) > 900, "every piece of a row has a share of its own"
+    assert 0.2 < ((prefixes > 0) & (suffixes > 0)).mean() < 0.3, "the ends are drawn independently"
+
+
+def test_a_gap_between_clean_ends_is_what_is_denoised(corpus_of: Any) -> None:
+    corpus = corpus_of([40, 25, 60, 33, 50])
+    packing = SplitPacking(corpus, 32)
+    ends = CleanEnds(seed=3, max_prefix=0.4, max_suffix=0.4)
+    with closing(Loader(corpus, packing, RowOrder(packing.num_rows, 1), 32, 4, 4, 0, 1, clean_ends=ends)) as loader:
+        (batch,) = loader.micro_batches(0)
+    for b in range(4):
+        for document in range(int(batch.document_bl[b].max()) + 1):
+            target = batch.target_bl[b][batch.document_bl[b] == document]
+            (places,) = torch.nonzero(target, as_tuple=True)
+            assert target[places[0] : places[-1] + 1].all(), "one gap"
+    assert (batch.target_bl[:, -1] != (batch.document_bl[:, -1] != -1)).any(), "some documents end clean"
+
+
+def test_the_target_of_a_pair_counts_its_positions_anew(corpus_of: Any) -> None:
+    corpus = corpus_of([12, 9, 20], target_starts=[5, 4, 11], kind="pair")
+    packing = WholePacking(corpus, 24, 4)
+    with closing(Loader(corpus, packing, RowOrder(packing.num_rows, 1), 24, 2, 2, 0, 1)) as loader:
+        (batch,) = loader.micro_batches(0)
+    for b in range(2):
+        for document in range(int(batch.document_bl[b].max()) + 1):
+            here = batch.document_bl[b] == document
+            source, target = here & ~batch.target_bl[b], here & batch.target_bl[b]
+            assert batch.position_bl[b][source].tolist() == list(range(int(source.sum())))
+            assert batch.position_bl[b][target].tolist() == list(range(1, int(target.sum()) + 1))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -188,3 +188,14 @@ def test_foreign_models_that_lose_text_are_refused(settings: dict[str, object], 
     )
     with pytest.raises(UserError, match=complaint):
         Tokenizer(model.getvalue())
+
+
+def test_pieces_show_every_token_by_itself(tokenizer: Tokenizer) -> None:
+    text = "The river  runs\n\tand \u00e9\U0001f600"
+    ids = [SpecialToken.BOS, *tokenizer.encode(text).tolist(), SpecialToken.SEP, SpecialToken.EOS, SpecialToken.PAD]
+    pieces = tokenizer.pieces(ids)
+    assert len(pieces) == len(ids)
+    assert (pieces[0], pieces[-3:]) == ("<bos>", ["<sep>", "<eos>", "<pad>"])
+    shown = "".join(pieces[1:-3])
+    assert shown.startswith("The river  runs\n\tand ")
+    assert shown.endswith("<0xF0><0x9F><0x98><0x80>")

@@ -57,7 +57,9 @@ def make_batch(rows: Sequence[Sequence[tuple[int, int]]], row_length: int = 24, 
     most = max(1, *(len(documents) for documents in rows))
     source_length_bm = torch.tensor([[source for source, _ in row] + [0] * (most - len(row)) for row in rows])
     row_b = 10 + torch.arange(len(rows))
-    return Batch(tokens_bl, document_bl, position_bl, target_bl, row_b, source_length_bm, most, step, totals)
+    count_b = torch.tensor([len(row) for row in rows])
+    first_b = count_b.cumsum(0) - count_b
+    return Batch(tokens_bl, document_bl, position_bl, target_bl, row_b, first_b, source_length_bm, most, step, totals)
 
 
 def take_rows(batch: Batch, rows: Sequence[int], micro_batches: int | None = None) -> Batch:
@@ -70,6 +72,7 @@ def take_rows(batch: Batch, rows: Sequence[int], micro_batches: int | None = Non
         position_bl=batch.position_bl[index],
         target_bl=batch.target_bl[index],
         row_b=batch.row_b[index],
+        first_document_b=batch.first_document_b[index],
         num_documents=max(1, int(batch.document_bl[index].max()) + 1),
         totals=replace(batch.totals, micro_batches=micro_batches or batch.totals.micro_batches),
     )

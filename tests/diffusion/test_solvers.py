@@ -1,203 +1,371 @@
-"""Solvers against a Gaussian, whose denoiser and whose solution are known.
+"""Solvers against their papers' algorithms, and against a Gaussian, whose denoiser and whose solution are known.
 
-For u_0 ~ N(mu, s^2), u_t ~ N(alpha mu, S^2) with S^2 = alpha^2 s^2 + sigma^2; the best estimate of u_0 is linear in
+For u_0 ~ N(mu, c^2), u_t ~ N(alpha mu, S^2) with S^2 = alpha^2 c^2 + sigma^2; the best estimate of u_0 is linear in
 u_t, and the probability-flow ODE keeps (u_t - alpha mu) / S constant.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mdseq.diffusion.schedule import NoiseSchedule
-from mdseq.diffusion.solvers import SOLVERS, ddpm, dpm_solver, time_grid
+from mdseq.diffusion.schedule import NoiseLevel, NoiseSchedule
+from mdseq.diffusion.solvers import SOLVERS, ReverseProcess
+from mdseq.diffusion.time_grids import TIME_GRIDS, time_grid
 
-MU, S = 1.5, 0.4
+MU, C = 1.5, 0.4
+SCHEDULE = NoiseSchedule("sqrt", 2000)
+DETERMINISTIC = ["ddim", "dpm_2s", "dpm_2m", "dpm_3m"]
+STOCHASTIC = ["ddpm", "dpm_2m_sde"]
+CALLS = [1, 2, 3, 4, 5, 8, 21]
 
-
-class Gaussian:
-    """The exact denoiser, which remembers where it was asked."""
-
-    def __init__(self, schedule: NoiseSchedule, mean: float = MU, deviation: float = S) -> None:
-        self.alpha = schedule.alpha_bar_t.sqrt()
-        self.sigma = (1 - schedule.alpha_bar_t).sqrt()
-        self.mean, self.deviation = mean, deviation
-        self.asked: list[int] = []
-        self.u: Tensor | None = None
-
-    def spread(self, t: int) -> float:
-        return math.hypot(self.alpha[t].item() * self.deviation, self.sigma[t].item())
-
-    def predict(self, u: Tensor, t: int) -> Tensor:
-        self.asked.append(t)
-        self.u = u
-        gain = self.alpha[t] * self.deviation**2 / self.spread(t) ** 2
-        return self.mean + gain * (u - self.alpha[t] * self.mean)
-
-    def flow(self, u: Tensor, t: int, s: int) -> Tensor:
-        """The exact solution of the ODE at s, from u at t."""
-        normed = (u - self.alpha[t] * self.mean) / self.spread(t)
-        return self.alpha[s] * self.mean + self.spread(s) * normed
+every_solver = pytest.mark.parametrize("name", SOLVERS)
 
 
-def no_noise(step: int) -> Tensor:
+def levels_between(num_levels: int, noisiest: float = -2.5, cleanest: float = 1.5) -> list[NoiseLevel]:
+    """Evenly spaced in lambda."""
+    log_snr = torch.linspace(noisiest, cleanest, num_levels, dtype=torch.float64)
+    return SCHEDULE.levels(SCHEDULE.timestep_of(log_snr).tolist())
+
+
+def uneven_levels(num_levels: int) -> list[NoiseLevel]:
+    generator = torch.Generator().manual_seed(num_levels)
+    timestep = torch.rand(num_levels, dtype=torch.float64, generator=generator) * SCHEDULE.last
+    return SCHEDULE.levels(timestep.sort(descending=True).values.tolist())
+
+
+def no_noise(level: NoiseLevel) -> Tensor:
     raise AssertionError("a deterministic solver asked for noise")
 
 
-def even_in_log_ratio(schedule: NoiseSchedule, num_steps: int, first: float, last: float) -> list[int]:
-    """Timesteps nearest to points evenly spaced in log(alpha / sigma), between two shares of T."""
-    abar = schedule.alpha_bar_t.numpy()
-    log_ratio = 0.5 * (np.log(abar) - np.log1p(-abar))
-    ends = log_ratio[int(first * len(abar))], log_ratio[int(last * len(abar))]
-    points = np.linspace(*ends, num_steps)
-    return [int(np.searchsorted(-log_ratio, -point)) for point in points]
+def unchanged(u: Tensor, level: NoiseLevel) -> Tensor:
+    return u
 
 
-def first_order(predict, u, schedule, grid, draw_normal) -> Tensor:
-    """DDIM, which is DPM-Solver++(1): hold the estimate over the step."""
-    alpha, sigma = schedule.alpha_bar_t.sqrt(), (1 - schedule.alpha_bar_t).sqrt()
-    for t, s in itertools.pairwise(grid):
-        estimate = predict(u, t)
-        noise = (u - alpha[t] * estimate) / sigma[t]
-        u = alpha[s] * estimate + sigma[s] * noise
-    return predict(u, grid[-1])
+def noise_of(levels: list[NoiseLevel], shape: tuple[int, ...]) -> Callable[[NoiseLevel], Tensor]:
+    """Other noise at each level, the same whenever it is asked for."""
+    draws = {
+        level: torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(index))
+        for index, level in enumerate(levels)
+    }
+    return draws.__getitem__
 
 
-def order_of(solver) -> float:
-    """The slope of log error over log number of steps, at the last time of the grid."""
-    schedule = NoiseSchedule(200_000)
-    num_steps, errors = [16, 32, 64, 128], []
+def solve(
+    name: str,
+    predict: Callable[[Tensor, NoiseLevel], Tensor],
+    u: Tensor,
+    levels: list[NoiseLevel],
+    draw_normal: Callable[[NoiseLevel], Tensor] = no_noise,
+    after_step: Callable[[Tensor, NoiseLevel], Tensor] = unchanged,
+) -> Tensor:
+    return SOLVERS[name](ReverseProcess(levels, predict, draw_normal, after_step), u)
+
+
+class Recorder:
+    """A denoiser that remembers at which levels it was asked, and about what."""
+
+    def __init__(self, estimate: Callable[[Tensor, NoiseLevel], Tensor]) -> None:
+        self.estimate = estimate
+        self.levels: list[NoiseLevel] = []
+        self.inputs: list[Tensor] = []
+
+    def __call__(self, u: Tensor, level: NoiseLevel) -> Tensor:
+        self.levels.append(level)
+        self.inputs.append(u)
+        return self.estimate(u, level)
+
+
+def some_estimate(u: Tensor, level: NoiseLevel) -> Tensor:
+    """Neither linear in u nor constant in time."""
+    return torch.tanh(u) * level.alpha + math.sin(3 * level.log_snr)
+
+
+class Gaussian:
+    """u_0 ~ N(mean, deviation^2)."""
+
+    def __init__(self, mean: float = MU, deviation: float = C) -> None:
+        self.mean, self.deviation = mean, deviation
+
+    def spread(self, level: NoiseLevel) -> float:
+        return math.hypot(level.alpha * self.deviation, level.sigma)
+
+    def estimate(self, u: Tensor, level: NoiseLevel) -> Tensor:
+        """E[u_0 | u]."""
+        gain = level.alpha * self.deviation**2 / self.spread(level) ** 2
+        return self.mean + gain * (u - level.alpha * self.mean)
+
+    def flow(self, u: Tensor, t: NoiseLevel, s: NoiseLevel) -> Tensor:
+        """The exact solution of the ODE at s, from u at t."""
+        return s.alpha * self.mean + self.spread(s) * (u - t.alpha * self.mean) / self.spread(t)
+
+
+# What the papers say, in their symbols. Each gives u at the last level.
+
+
+def paper_ddim(u: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """DDIM, eq. 12 without noise: the predicted u_0, and the noise that leads from it to u."""
+    for t, s in pairwise(levels):
+        u_0 = some_estimate(u, t)
+        epsilon = (u - t.alpha * u_0) / t.sigma
+        u = s.alpha * u_0 + s.sigma * epsilon
+    return u
+
+
+def paper_ddpm(u: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """DDPM, eq. 7, with alpha_bar_t / alpha_bar_s in place of one step's 1 - beta."""
+    for t, s in pairwise(levels):
+        abar_t, abar_s = t.alpha**2, s.alpha**2
+        ratio = abar_t / abar_s
+        mean = abar_s**0.5 * (1 - ratio) / (1 - abar_t) * some_estimate(u, t)
+        mean = mean + ratio**0.5 * (1 - abar_s) / (1 - abar_t) * u
+        u = mean + ((1 - ratio) * (1 - abar_s) / (1 - abar_t)) ** 0.5 * noise_of(levels, tuple(u.shape))(s)
+    return u
+
+
+def paper_2s(u: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """DPM-Solver++, algorithm 1, with r from the level in between; then a step of first order if one is left."""
+    i = 0
+    while i + 2 < len(levels):
+        t, middle, s = levels[i : i + 3]
+        h = s.log_snr - t.log_snr
+        r = (middle.log_snr - t.log_snr) / h
+        x = some_estimate(u, t)
+        v = middle.sigma / t.sigma * u - middle.alpha * (math.exp(-r * h) - 1) * x
+        d = (1 - 1 / (2 * r)) * x + 1 / (2 * r) * some_estimate(v, middle)
+        u = s.sigma / t.sigma * u - s.alpha * (math.exp(-h) - 1) * d
+        i += 2
+    return paper_ddim(u, levels[i:])
+
+
+def paper_2m(u: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """DPM-Solver++, algorithm 2."""
+    h = [s.log_snr - t.log_snr for t, s in pairwise(levels)]
+    estimates = []
+    for i, (t, s) in enumerate(pairwise(levels)):
+        estimates.append(some_estimate(u, t))
+        d = estimates[i]
+        if i > 0:
+            r = h[i - 1] / h[i]
+            d = (1 + 1 / (2 * r)) * estimates[i] - 1 / (2 * r) * estimates[i - 1]
+        u = s.sigma / t.sigma * u - s.alpha * (math.exp(-h[i]) - 1) * d
+    return u
+
+
+def paper_2m_sde(u: Tensor, levels: list[NoiseLevel]) -> Tensor:
+    """SDE-DPM-Solver++(2M) of the same paper; the first step is SDE-DPM-Solver++(1)."""
+    h = [s.log_snr - t.log_snr for t, s in pairwise(levels)]
+    estimates = []
+    for i, (t, s) in enumerate(pairwise(levels)):
+        estimates.append(some_estimate(u, t))
+        decay = math.exp(-h[i])
+        drift = (1 - decay**2) * estimates[i]
+        if i > 0:
+            r = h[i - 1] / h[i]
+            drift = drift + (1 - decay**2) / (2 * r) * (estimates[i] - estimates[i - 1])
+        noise = noise_of(levels, tuple(u.shape))(s)
+        u = s.sigma / t.sigma * decay * u + s.alpha * drift + s.sigma * (1 - decay**2) ** 0.5 * noise
+    return u
+
+
+PAPERS = {"ddim": paper_ddim, "ddpm": paper_ddpm, "dpm_2s": paper_2s, "dpm_2m": paper_2m, "dpm_2m_sde": paper_2m_sde}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("num_levels", CALLS)
+def test_a_solver_is_the_papers_algorithm(name: str, num_levels: int) -> None:
+    levels = uneven_levels(num_levels)
+    start = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
+    denoiser = Recorder(some_estimate)
+    solve(name, denoiser, start, levels, noise_of(levels, (2, 3)))
+    torch.testing.assert_close(denoiser.inputs[-1], PAPERS[name](start, levels), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("dpm_2s", 2), ("dpm_2m", 2), ("dpm_3m", 3)])
+def test_the_order_of_convergence(name: str, order: int) -> None:
+    """Twice the steps, 2^-order the error."""
     start = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
-    for steps in num_steps:
-        gaussian = Gaussian(schedule)
-        grid = even_in_log_ratio(schedule, steps + 1, first=0.95, last=0.02)
-        solver(gaussian.predict, start, schedule, grid, no_noise)
-        exact = gaussian.flow(start, grid[0], grid[-1])
-        errors.append((gaussian.u - exact).abs().max().item())
-    return -np.polyfit(np.log(num_steps), np.log(errors), 1)[0]
+    gaussian, errors = Gaussian(), []
+    for steps in (512, 1024):
+        levels = levels_between(steps + 1)
+        denoiser = Recorder(gaussian.estimate)
+        solve(name, denoiser, start, levels)
+        exact = gaussian.flow(start, levels[0], levels[-1])
+        errors.append((denoiser.inputs[-1] - exact).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
-def test_dpm_solver_is_of_second_order() -> None:
-    assert order_of(dpm_solver) == pytest.approx(2.0, abs=0.1)
+def test_the_third_order_meets_a_parabola_exactly() -> None:
+    """If the estimate is a parabola in lambda, each step after the first is the integral of it, however uneven.
+
+    u_s = (sigma_s / sigma_t) u_t + sigma_s int e^lambda estimate(lambda) d lambda (proposition 4.1 of the paper).
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+
+    def parabola(log_snr):
+        return 0.3 + 0.7 * log_snr - 0.4 * log_snr**2
+
+    levels = uneven_levels(8)
+    denoiser = Recorder(lambda u, level: torch.full_like(u, parabola(level.log_snr)))
+    solve("dpm_3m", denoiser, torch.zeros(1, dtype=torch.float64), levels)
+    for i in range(2, 7):
+        t, s = levels[i : i + 2]
+        half = (s.log_snr - t.log_snr) / 2
+        log_snr = t.log_snr + half * (1 + nodes)
+        integral = (half * weights * np.exp(log_snr) * parabola(log_snr)).sum()
+        expected = s.sigma / t.sigma * denoiser.inputs[i].item() + s.sigma * integral
+        assert denoiser.inputs[i + 1].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_holding_the_estimate_is_of_first_order() -> None:
-    """So the test above would notice a solver that lost its second order."""
-    assert order_of(first_order) == pytest.approx(1.0, abs=0.1)
+def moments(name: str, levels: list[NoiseLevel], gaussian: Gaussian) -> tuple[float, float]:
+    """Mean and deviation of u at the last level, exactly: for a Gaussian, u is linear in every normal number drawn.
+
+    Element 0 is what becomes of the mean, where none is drawn; each of the others adds one normal number's effect.
+    """
+    count = len(levels) + 1
+
+    def unit(index: int) -> Tensor:
+        return torch.eye(count, dtype=torch.float64)[index]
+
+    start = levels[0].alpha * gaussian.mean + gaussian.spread(levels[0]) * unit(1)
+    draws = {level: unit(2 + step) for step, level in enumerate(levels[1:])}
+    denoiser = Recorder(gaussian.estimate)
+    solve(name, denoiser, start, levels, draws.__getitem__)
+    u = denoiser.inputs[-1]
+    return u[0].item(), (u[1:] - u[0]).norm().item()
 
 
-def test_the_first_step_is_of_first_order_and_the_second_is_not() -> None:
-    schedule = NoiseSchedule(2000)
-    start = torch.tensor([0.3], dtype=torch.float64)
-    one, two = [1500, 1000], [1500, 1000, 500]
-    solutions = {}
-    for solver in (dpm_solver, first_order):
-        for grid in (one, two):
-            gaussian = Gaussian(schedule)
-            solver(gaussian.predict, start, schedule, grid, no_noise)
-            solutions[solver, len(grid)] = gaussian.u.item()
-    assert solutions[dpm_solver, 2] == pytest.approx(solutions[first_order, 2], rel=1e-6)
-    assert abs(solutions[dpm_solver, 3] - solutions[first_order, 3]) > 1e-3
-
-
-@pytest.mark.parametrize("num_steps", [10, 20, 50])
-def test_few_steps_on_the_real_grid_come_close(num_steps: int) -> None:
-    """The whole way from t = T - 1 to t = 0, evenly in t as generation goes."""
-    schedule = NoiseSchedule(2000)
-    gaussian = Gaussian(schedule)
-    start = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    out = dpm_solver(gaussian.predict, start, schedule, time_grid(2000, num_steps), no_noise)
-    exact = gaussian.predict(gaussian.flow(start, 1999, 0), 0)
-    assert (out - exact).abs().max() < 1.5 / num_steps
-
-
-def test_a_point_is_reached_in_any_number_of_steps() -> None:
-    """If the estimate is the answer from the start, every solver stays with it."""
-    schedule = NoiseSchedule(100)
-    for solver in SOLVERS.values():
-        for num_steps in (1, 2, 3, 100):
-            out = solver(
-                lambda u, t: torch.full_like(u, 3.0),
-                torch.randn(4),
-                schedule,
-                time_grid(100, num_steps),
-                lambda i: torch.randn(4),
-            )
-            assert torch.equal(out, torch.full((4,), 3.0))
-
-
-def test_ddpm_reproduces_the_gaussian() -> None:
-    """With every step taken, u has the mean and variance of u_t (down to t = T / 50: the first steps are long)."""
-    schedule, generator = NoiseSchedule(1000), torch.Generator().manual_seed(0)
-    gaussian = Gaussian(schedule)
-
-    def draw(step: int) -> Tensor:
-        return torch.randn(20_000, generator=generator, dtype=torch.float64)
-
-    ddpm(gaussian.predict, draw(0), schedule, list(range(999, 19, -1)), draw)
-    assert gaussian.u.mean().item() == pytest.approx(gaussian.alpha[20].item() * MU, abs=0.02)
-    assert gaussian.u.std().item() == pytest.approx(gaussian.spread(20), abs=0.01)
-
-
-def test_ddpm_steps_have_the_exact_posterior_over_any_gap() -> None:
+@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("num_levels", [2, 3, 9])
+def test_a_known_answer_is_noised_to_every_level_exactly(name: str, num_levels: int) -> None:
     """For a known u_0, every jump lands on q(u_s | u_0) = N(alpha_s u_0, sigma_s^2), however long it is."""
-    schedule, generator = NoiseSchedule(1000), torch.Generator().manual_seed(0)
-    point = Gaussian(schedule, mean=1.5, deviation=0.0)
-    for grid in ([999, 500], [999, 700, 20], [800, 799, 100]):
-        first = grid[0]
-        noise = torch.randn(len(grid), 50_000, generator=generator, dtype=torch.float64)
-        start = point.alpha[first] * 1.5 + point.sigma[first] * noise[-1]
-        ddpm(point.predict, start, schedule, grid, lambda i, noise=noise: noise[i])
-        last = grid[-1]
-        assert point.u.mean().item() == pytest.approx(point.alpha[last].item() * 1.5, abs=0.02)
-        assert point.u.std().item() == pytest.approx(point.sigma[last].item(), rel=0.02)
+    levels = uneven_levels(num_levels)
+    mean, deviation = moments(name, levels, Gaussian(deviation=0.0))
+    assert mean == pytest.approx(levels[-1].alpha * MU, rel=1e-9)
+    assert deviation == pytest.approx(levels[-1].sigma, rel=1e-9)
 
 
-def test_ddpm_asks_for_the_noise_of_each_step_once() -> None:
-    asked = []
-
-    def draw(step: int) -> Tensor:
-        asked.append(step)
-        return torch.zeros(1)
-
-    schedule = NoiseSchedule(50)
-    ddpm(lambda u, t: u, torch.zeros(1), schedule, time_grid(50, 5), draw)
-    assert asked == [0, 1, 2, 3]  # none after the last
-
-
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 20])
-def test_one_call_a_grid_point(solver, num_steps: int) -> None:
-    schedule = NoiseSchedule(20)
-    gaussian = Gaussian(schedule)
-    grid = time_grid(20, num_steps)
-    solver(gaussian.predict, torch.zeros(3), schedule, grid, lambda i: torch.zeros(3))
-    assert gaussian.asked == grid
+@pytest.mark.parametrize(("name", "order"), [("ddpm", 1), ("dpm_2m_sde", 2)])
+def test_the_weak_order_of_convergence(name: str, order: int) -> None:
+    """Stochastic solvers have the right mean, and a deviation that comes nearer at their order."""
+    gaussian, errors = Gaussian(), []
+    for steps in (128, 256):
+        levels = levels_between(steps + 1)
+        mean, deviation = moments(name, levels, gaussian)
+        assert mean == pytest.approx(levels[-1].alpha * MU, rel=1e-9)
+        errors.append(abs(deviation - gaussian.spread(levels[-1])))
+    assert errors[1] < 0.006
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-def test_one_step_returns_the_first_estimate(solver) -> None:
-    schedule = NoiseSchedule(20)
-    gaussian = Gaussian(schedule)
+@pytest.mark.parametrize("steps", [4, 8, 16, 32])
+def test_the_second_order_sde_solver_is_nearer_than_ancestral_sampling(steps: int) -> None:
+    gaussian, levels = Gaussian(), levels_between(steps + 1)
+    error = {name: abs(moments(name, levels, gaussian)[1] - gaussian.spread(levels[-1])) for name in STOCHASTIC}
+    assert error["dpm_2m_sde"] < 0.6 * error["ddpm"]
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_samples_drawn_have_the_gaussians_mean_and_deviation(name: str) -> None:
+    """The same with numbers that are drawn."""
+    gaussian, levels = Gaussian(), levels_between(65)
+    noise = noise_of(levels, (20_000,))
+    denoiser = Recorder(gaussian.estimate)
+    start = levels[0].alpha * MU + gaussian.spread(levels[0]) * noise(levels[0])
+    solve(name, denoiser, start, levels, noise)
+    mean, deviation = moments(name, levels, gaussian)
+    assert denoiser.inputs[-1].mean().item() == pytest.approx(mean, abs=0.015)
+    assert denoiser.inputs[-1].std().item() == pytest.approx(deviation, abs=0.015)
+
+
+@every_solver
+@pytest.mark.parametrize("num_calls", CALLS)
+def test_every_level_is_one_call(name: str, num_calls: int) -> None:
+    levels = uneven_levels(num_calls)
+    denoiser = Recorder(some_estimate)
+    out = solve(name, denoiser, torch.zeros(3), levels, lambda _: torch.zeros(3))
+    assert denoiser.levels == levels
+    assert torch.equal(out, some_estimate(denoiser.inputs[-1], levels[-1]))
+
+
+@every_solver
+def test_one_call_returns_the_first_estimate(name: str) -> None:
+    (level,) = SCHEDULE.levels(time_grid("uniform", SCHEDULE, 1))
     start = torch.randn(3)
-    out = solver(gaussian.predict, start, schedule, time_grid(20, 1), no_noise)
-    assert torch.equal(out, gaussian.predict(start, 19))
+    out = solve(name, some_estimate, start, [level])
+    assert torch.equal(out, some_estimate(start, level))
 
 
-@pytest.mark.parametrize(("num_timesteps", "num_steps"), [(2000, 20), (2000, 2000), (20, 7), (2, 2), (50, 49)])
-def test_the_grid_runs_from_the_last_timestep_to_the_first(num_timesteps: int, num_steps: int) -> None:
-    grid = time_grid(num_timesteps, num_steps)
-    assert (len(grid), grid[0], grid[-1]) == (num_steps, num_timesteps - 1, 0)
-    assert grid == sorted(set(grid), reverse=True)  # no step is empty
-    gaps = -np.diff(grid)
-    assert gaps.max() - gaps.min() <= 1
-    assert all(isinstance(t, int) for t in grid)
+@every_solver
+@pytest.mark.parametrize("num_calls", CALLS)
+@pytest.mark.parametrize("num_timesteps", [2, 100])
+def test_an_answer_known_from_the_start_stays(name: str, num_calls: int, num_timesteps: int) -> None:
+    """Also with more calls than timesteps; u is then the answer as q(u_t | u_0) noises it."""
+    schedule = NoiseSchedule("sqrt", num_timesteps)
+    for grid in TIME_GRIDS:
+        levels = schedule.levels(time_grid(grid, schedule, num_calls))
+        denoiser = Recorder(lambda u, level: torch.full_like(u, 3.0))
+        out = solve(name, denoiser, torch.randn(4), levels, noise_of(levels, (4,)))
+        assert torch.equal(out, torch.full((4,), 3.0))
+        assert ((denoiser.inputs[-1] - levels[-1].alpha * 3.0).abs() < 5 * levels[-1].sigma).all()
 
 
-def test_a_grid_of_one_starts_where_the_noise_is() -> None:
-    assert time_grid(2000, 1) == [1999]
+@pytest.mark.parametrize(
+    ("name", "grid"), [("dpm_2m", "uniform"), ("dpm_2m", "log_snr"), *((name, "quadratic") for name in DETERMINISTIC)]
+)
+@pytest.mark.parametrize("num_calls", [10, 20, 50])
+def test_few_calls_come_close_over_the_whole_schedule(name: str, grid: str, num_calls: int) -> None:
+    gaussian = Gaussian()
+    levels = SCHEDULE.levels(time_grid(grid, SCHEDULE, num_calls))
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    out = solve(name, gaussian.estimate, start, levels)
+    exact = gaussian.estimate(gaussian.flow(start, levels[0], levels[-1]), levels[-1])
+    assert (out - exact).abs().max() < 1.1 / num_calls
+
+
+LANDINGS = {"dpm_2s": [2, 4, 5], "dpm_3m": [2, 3, 4, 5]}
+
+
+@every_solver
+def test_what_becomes_of_u_after_a_step_is_what_the_next_starts_from(name: str) -> None:
+    """Each step ends at one level, and noise is asked for once, at that level."""
+    levels, ended, drawn = uneven_levels(6), [], []
+
+    def draw(level: NoiseLevel) -> Tensor:
+        drawn.append(level)
+        return torch.zeros(2)
+
+    def marked(u: Tensor, level: NoiseLevel) -> Tensor:
+        ended.append(level)
+        return torch.full_like(u, float(len(ended)))
+
+    denoiser = Recorder(some_estimate)
+    solve(name, denoiser, torch.zeros(2), levels, draw, marked)
+    assert ended == [levels[i] for i in LANDINGS.get(name, range(1, 6))]
+    assert drawn == (ended if name in STOCHASTIC else [])
+    for count, level in enumerate(ended, start=1):
+        assert denoiser.inputs[levels.index(level)].tolist() == [count, count]
+
+
+@every_solver
+def test_few_estimates_are_kept_at_a_time(name: str) -> None:
+    kept: list[weakref.ref[Tensor]] = []
+
+    def estimate(u: Tensor, level: NoiseLevel) -> Tensor:
+        assert sum(reference() is not None for reference in kept) <= 3
+        kept.append(weakref.ref(out := u.clone()))
+        return out
+
+    solve(name, estimate, torch.zeros(2), uneven_levels(30), lambda _: torch.zeros(2))
+    assert len(kept) == 30
+
+
+def test_every_solver_is_either_deterministic_or_stochastic() -> None:
+    assert sorted(DETERMINISTIC + STOCHASTIC) == sorted(SOLVERS)

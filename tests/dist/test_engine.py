@@ -46,6 +46,7 @@ def rows(first: int, count: int, step: int, micro_batches: int) -> Batch:
         position_bl=torch.arange(LENGTH).expand_as(tokens),
         target_bl=target,
         row_b=torch.arange(first, first + count),
+        first_document_b=torch.arange(first, first + count),
         source_length_bm=torch.full((count, 1), 6),
         num_documents=1,
         step=step,

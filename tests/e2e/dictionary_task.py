@@ -46,6 +46,7 @@ def batch_of(step: int, rows: int) -> Batch:
         position_bl=torch.arange(ROW).expand(rows, ROW),
         target_bl=target,
         row_b=torch.arange(rows) + step * rows,
+        first_document_b=torch.arange(rows),
         source_length_bm=torch.full((rows, 1), LENGTH + 2),
         num_documents=1,
         step=step,
@@ -99,14 +100,13 @@ def accuracy(objective: DiffusionObjective, num_steps: int = 20, **changes: Any)
     """
     batch = batch_of(step=10**6, rows=256)
     arguments = {
-        "m_z": objective.absorbing().detach(),
-        "schedule": objective.schedule,
+        "model": objective.model(),
         "tokens_bl": torch.where(batch.target_bl, SpecialToken.PAD, batch.tokens_bl),
         "target_bl": batch.target_bl,
         "documents": batch.documents(),
         "sample_b": batch.row_b,
         "options": SamplerOptions(num_steps),
     }
-    generated = sample(objective.denoiser, **(arguments | changes))
+    generated = sample(**(arguments | changes)).tokens_bl
     answer = dictionaries()[:, batch.tokens_bl[:, 1 : LENGTH + 1] - FIRST]
     return (generated[:, LENGTH + 2 : -1] == answer).float().mean(dim=-1).amax(dim=0).mean().item()

@@ -75,3 +75,23 @@ def test_the_leading_source_is_what_is_not_to_be_generated():
     documents, target_bl = some_documents()
     for count, expected in ((1, [0, 6]), (2, [0, 1, 6]), (9, [0, 1, 2, 3, 6])):
         assert leading_source(documents, target_bl, count)[0].nonzero().flatten().tolist() == expected
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.4, 1.0]),
+    st.integers(0, 2),
+    st.data(),
+)
+def test_rows_that_are_taken_out_have_the_slots_they_had(lengths, marked_share, num_global, data):
+    """In any order, more than once, or none; though the others may have had more global tokens, or fewer."""
+    documents = pack(lengths, 12, marked_share)
+    index_n = torch.tensor(data.draw(st.lists(st.integers(0, len(lengths) - 1), max_size=5)), dtype=torch.long)
+    taken = documents.take(index_n)
+    before, after = documents.layout(num_global), taken.layout(num_global)
+    x_bld, own_gd = torch.randn(len(lengths), 12, 3), torch.randn(num_global, 3)
+    assert after.num_global == before.num_global
+    assert torch.equal(after.document_bs, before.document_bs[index_n])
+    assert torch.equal(after.position_bs, before.position_bs[index_n])
+    assert torch.equal(after.to_slots(x_bld[index_n], own_gd), before.to_slots(x_bld, own_gd)[index_n])
+    assert torch.equal(after.to_tokens(after.to_slots(x_bld[index_n], own_gd)), x_bld[index_n])

@@ -1,0 +1,59 @@
+"""Tiny models of random weights: what they write is nonsense, but a function of what they are asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mdseq.data.corpus import Corpus
+from mdseq.data.format import Kind
+from mdseq.data.lengths import LengthTable
+from mdseq.data.tokenizer import Tokenizer
+from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.schedule import NoiseSchedule
+from mdseq.generate.text import TextGenerator
+from mdseq.model.denoiser import Denoiser, DenoiserConfig
+from mdseq.model.saved import ModelConfig, save_model
+from mdseq.spec import load_spec
+
+ROW_LENGTH, GAMMA, NUM_TIMESTEPS = 64, 0.5, 30
+OVERRIDES = [
+    "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
+    "attention.window=3", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=8",
+]  # fmt: skip
+
+
+def tiny_denoiser(vocab_size: int) -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser(DenoiserConfig.of(load_spec(None, OVERRIDES).spec, vocab_size)).eval()
+
+
+def tiny_model(vocab_size: int) -> DiffusionModel:
+    return DiffusionModel(tiny_denoiser(vocab_size), torch.full((8,), 0.5), NoiseSchedule("sqrt", NUM_TIMESTEPS), GAMMA)
+
+
+def tiny_generator(
+    tokenizer: Tokenizer, kind: Kind = "text", row_length: int | None = None, lengths: LengthTable | None = None
+) -> TextGenerator:
+    return TextGenerator(tiny_model(tokenizer.vocab_size), tokenizer, kind, row_length, lengths)
+
+
+def save_tiny_model(folder: Path, dataset: Path, step: int = 7, condition_dropout: float = 0.0) -> Path:
+    """A model folder for the documents of a dataset."""
+    corpus = Corpus.open(dataset, "train")
+    model = tiny_model(corpus.manifest.vocab_size)
+    config = ModelConfig(
+        denoiser=model.denoiser.config,
+        noise_schedule="sqrt",
+        num_timesteps=NUM_TIMESTEPS,
+        gamma=GAMMA,
+        document_kind=corpus.manifest.kind,
+        row_length=ROW_LENGTH,
+        step=step,
+        condition_dropout=condition_dropout,
+        lengths=LengthTable.of(corpus).to_dict(),
+    )
+    weights = {f"denoiser.{name}": weight for name, weight in model.denoiser.state_dict().items()}
+    save_model(folder, config, [*weights.items(), ("absorbing.m", model.m_z)], dataset / "tokenizer.model")
+    return folder

@@ -67,17 +67,18 @@ def measure(name: str, data: Path, overrides: list[str], num_pairs: int) -> dict
     spec = load_spec(None, [*MODEL, *VARIANTS[name], *overrides]).spec
     task = PairTask(data, "valid", num_pairs, device)
     trained = train(spec, data, device)
-    bleu = {calls: task.bleu(trained.objective, SamplerOptions(calls, seed=1)) for calls in CALLS}
+    model = trained.objective.model()
+    bleu = {calls: task.bleu(model, SamplerOptions(calls, seed=1))[0] for calls in CALLS}
     result: dict[str, object] = {
         "name": name,
         "seconds": trained.seconds,
-        "cross_entropy": task.cross_entropy(trained.objective),
+        "cross_entropy": task.cross_entropy(model),
         "bleu": bleu,
         "m": trained.objective.absorbing().norm().item(),
     }
     if spec.diffusion.condition_dropout:
         guided = (1.5, 2.0)
-        result["guided"] = {w: task.bleu(trained.objective, SamplerOptions(20, seed=1, guidance=w)) for w in guided}
+        result["guided"] = {w: task.bleu(model, SamplerOptions(20, seed=1, guidance=w))[0] for w in guided}
     return result
 
 

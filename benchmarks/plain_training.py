@@ -20,7 +20,7 @@ from mdseq.data.corpus import Corpus
 from mdseq.data.format import TOKENIZER_FILE
 from mdseq.data.loader import Loader
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
-from mdseq.diffusion.denoising import GivenRows
+from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.diffusion.rounding import cross_entropy
 from mdseq.generate.sampler import SamplerOptions, sample
@@ -129,9 +129,8 @@ class PairTask:
         return batches
 
     @torch.no_grad()
-    def cross_entropy(self, objective: DiffusionObjective) -> float:
+    def cross_entropy(self, model: DiffusionModel) -> float:
         """Mean -log p(w | z_t) over target tokens, in nats; t is spread evenly over [0, T - 1]."""
-        model = objective.model()
         total, count = 0.0, 0
         for batch in self.batches():
             rows = GivenRows.of(model, batch.tokens_bl, batch.target_bl, batch.documents())
@@ -148,17 +147,18 @@ class PairTask:
             total, count = total + loss.item(), count + len(token_n)
         return total / count
 
-    def bleu(self, objective: DiffusionObjective, options: SamplerOptions) -> float:
-        """Corpus BLEU-4 over whitespace tokens, unsmoothed (multi-bleu.perl's); the reference's length is given."""
-        model = objective.model()
-        hypotheses, references = [], []
+    def bleu(self, model: DiffusionModel, options: SamplerOptions) -> tuple[float, float]:
+        """Corpus BLEU-4 over whitespace tokens, unsmoothed (multi-bleu.perl's), and mean calls; lengths are given."""
+        hypotheses, references, calls = [], [], 0
         for batch in self.batches():
             documents = batch.documents()
             samples = sample(model, batch.tokens_bl, batch.target_bl, documents, batch.row_b, options)
+            calls += int(samples.calls_b.sum())
             for tokens, goal, target in zip(samples.tokens_bl, batch.tokens_bl, batch.target_bl, strict=True):
                 hypotheses.append(self._text(tokens[target]))
                 references.append(self._text(goal[target]))
-        return sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none", smooth_method="none", force=True).score
+        score = sacrebleu.corpus_bleu(hypotheses, [references], tokenize="none", smooth_method="none", force=True).score
+        return score, calls / len(hypotheses)
 
     def _text(self, tokens: torch.Tensor) -> str:
         ids = tokens.tolist()

@@ -1,32 +1,120 @@
-"""Quality against the number of denoiser calls, on a task with a known answer (tests/e2e/dictionary_task.py).
+"""Quality against the number of denoiser calls, for every solver, and what the sampler's options are worth.
 
-python -m benchmarks.sampling
+python -m benchmarks.sampling                               a task with a known answer (tests/e2e/dictionary_task.py)
+python -m benchmarks.sampling --run RUN --data DATASET      a trained model of pairs: BLEU on held-out ones
 """
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.plain_training import PairTask
+from mdseq.cli.weights import load_run
+from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.solvers import SOLVERS
 from mdseq.generate.sampler import SamplerOptions
 from tests.e2e.dictionary_task import accuracy, learned_objective
 
-CALLS = (1, 3, 10, 20, 50)
+CALLS = (2, 5, 10, 20, 50, 200)
+DEFAULT = SamplerOptions(10)
+
+
+class Score(NamedTuple):
+    """Quality, and denoiser calls made for a text on average."""
+
+    quality: float
+    calls: float
+
+
+Scorer = Callable[[DiffusionModel, SamplerOptions], Score]
+
+
+def solver_table(score: Scorer, model: DiffusionModel, calls: Sequence[int], unit: str) -> Table:
+    """Each solver at each number of calls, on the default grid."""
+    table = Table("solver", *(f"{count} calls" for count in calls), title=f"{unit}, by solver")
+    for solver in SOLVERS:
+        scores = [score(model, replace(DEFAULT, num_calls=count, solver=solver)) for count in calls]
+        table.add_row(solver, *(f"{found.quality:.2f}" for found in scores))
+    return _right(table)
+
+
+def option_table(score: Scorer, model: DiffusionModel, calls: Sequence[int], unit: str) -> Table:
+    """The default solver with one option changed."""
+    changes: dict[str, tuple[DiffusionModel, SamplerOptions]] = {
+        "default": (model, DEFAULT),
+        "quadratic grid": (model, replace(DEFAULT, time_grid="quadratic")),
+        "log-SNR grid": (model, replace(DEFAULT, time_grid="log_snr")),
+        "clamp": (model, replace(DEFAULT, clamp=True)),
+        "threshold 0.995": (model, replace(DEFAULT, threshold=0.995)),
+        "temperature 0.5": (model, replace(DEFAULT, temperature=0.5)),
+        "absorb": (model, replace(DEFAULT, absorb=True)),
+        "ddpm, absorb": (model, replace(DEFAULT, solver="ddpm", absorb=True)),
+        "no shift m": (replace(model, m_z=torch.zeros_like(model.m_z)), DEFAULT),
+    }
+    table = Table("dpm_2m", *(f"{count} calls" for count in calls), title=f"{unit}, by option")
+    for name, (changed, options) in changes.items():
+        scores = [score(changed, replace(options, num_calls=count)) for count in calls]
+        table.add_row(name, *(f"{found.quality:.2f}" for found in scores))
+    return _right(table)
+
+
+def exit_table(score: Scorer, model: DiffusionModel, unit: str) -> Table:
+    """Rows that stop when their tokens have stayed the same for some calls."""
+    table = Table("calls asked for", "patience", "calls made", "saved", unit, title="early exit")
+    for count in (20, 50):
+        for patience in (0, 2, 3, 5):
+            found = score(model, replace(DEFAULT, num_calls=count, patience=patience))
+            saved = 1 - found.calls / count
+            table.add_row(str(count), str(patience or "off"), f"{found.calls:.1f}", f"{saved:.0%}", f"{found.quality:.2f}")
+    return _right(table)
+
+
+def _right(table: Table) -> Table:
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # tensors are tiny, and the order of sums is part of the result
-    objective = learned_objective()
-    table = Table("sampler", *(f"{calls} calls" for calls in CALLS), title="exact tokens on held-out sources")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for solver in ("dpm", "ddpm"):
-        scores = [accuracy(objective, options=SamplerOptions(calls, solver)) for calls in CALLS]
-        table.add_row(solver, *(f"{score:.1%}" for score in scores))
-    scores = [accuracy(objective, calls, m_z=torch.zeros(32)) for calls in CALLS]
-    table.add_row("dpm, no shift m", *(f"{score:.1%}" for score in scores))
-    Console().print(table)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, help="run folder of a model of pairs")
+    parser.add_argument("--data", type=Path, help="its dataset")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--pairs", type=int, default=256, help="held-out pairs, spread over the split")
+    parser.add_argument("--long", type=int, default=0, metavar="N", help="also DDPM with N calls, clamped and not")
+    options = parser.parse_args()
+    console = Console(width=110)
+    score: Scorer
+    if options.run is None:
+        torch.set_num_threads(1)  # tensors are tiny, and the order of sums is part of the result
+        objective = learned_objective()
+        model, unit = objective.model(), "% exact tokens"
+
+        def score(model: DiffusionModel, options: SamplerOptions) -> Score:
+            found = accuracy(objective, options=options, model=model)
+            return Score(100 * found.share, found.calls)
+    else:
+        model, unit = DiffusionModel.of(load_run(options.run)), "BLEU"
+        task = PairTask(options.data, options.split, options.pairs, model.m_z.device)
+
+        def score(model: DiffusionModel, options: SamplerOptions) -> Score:
+            return Score(*task.bleu(model, options))
+
+    console.print(solver_table(score, model, CALLS, unit))
+    console.print(option_table(score, model, (5, 10, 20), unit))
+    console.print(exit_table(score, model, unit))
+    if options.long:
+        for clamp in (False, True):
+            found = score(model, SamplerOptions(options.long, "ddpm", clamp=clamp))
+            console.print(f"ddpm, {options.long} calls, {'clamped' if clamp else 'not clamped'}: {found.quality:.2f} {unit}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ class DiffusionSpec(Section):
     )
     num_timesteps: Annotated[int, Field(ge=2)] = Field(2000, description="timesteps T of the forward process")
     noise_factor: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="noise so many times as strong, for embeddings that are told apart too easily"
+        4.0, description="noise so many times as strong, for embeddings that are told apart too easily"
     )
     continuous_time: bool = Field(False, description="train between the T timesteps too")
     timestep_sampling: Literal["uniform", "loss_aware"] = Field(
@@ -147,23 +147,23 @@ class DiffusionSpec(Section):
         "target", description="loss over target tokens only, or DiffuSeq's over every position, padding included"
     )
     denoising_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="weight of the squared error of the predicted embedding"
+        0.0, description="weight of the squared error of the predicted embedding"
     )
     snr_cap: Annotated[float, Field(ge=0)] = Field(
         0.0, description="weigh the squared error by min(signal-to-noise ratio, this); 0 for the same weight at every t"
     )
     anchor_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="weight of the cross-entropy of the tokens given the predicted embedding"
+        1.0, description="weight of the cross-entropy of the tokens given the predicted embedding"
     )
     rounding_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="weight of the cross-entropy of the tokens given their own embedding, slightly noised"
+        0.0, description="weight of the cross-entropy of the tokens given their own embedding, slightly noised"
     )
     estimate: Literal["output", "softmax", "posterior"] = Field(
-        "output",
+        "posterior",
         description="what is taken for the clean embedding: the denoiser's output, or the mean under the probabilities "
         "that anchor_weight trains, by themselves or times what a noisy embedding says of its own token",
     )
-    normalise_embeddings: bool = Field(False, description="all embeddings of the same length, sqrt(embedding_dim)")
+    normalise_embeddings: bool = Field(True, description="all embeddings of the same length, sqrt(embedding_dim)")
     self_conditioning: Fraction = Field(
         0.0, description="share of documents that are denoised with an earlier estimate at hand; 0 for none"
     )
@@ -229,7 +229,7 @@ class DataSpec(Section):
         0.5, description="half of the texts keep a prefix of up to this share clean, to learn to continue; 0 for none"
     )
     max_suffix: Fraction = Field(
-        0.0, description="half of the texts keep a suffix of up to this share clean, to learn to fill gaps; 0 for none"
+        0.25, description="half of the texts keep a suffix of up to this share clean, to learn to fill gaps; 0 for none"
     )
     batch_size: Positive = Field(16, description="rows per optimiser step, over all ranks")
     micro_batch_size: Positive = Field(1, description="rows per forward pass of one rank")
@@ -282,7 +282,7 @@ class ReportSpec(Section):
     log_interval_steps: Positive = Field(10, description="steps between progress lines and metrics")
     sample_interval_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps between samples; 0 for none")
     num_samples: Positive = Field(2, description="texts per sample")
-    sample_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens per unconditional sample")
+    sample_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens per sample of a model of texts")
     sample_solver_steps: Positive = Field(20, description="denoiser calls per sample")
 
 

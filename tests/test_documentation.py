@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -23,37 +24,53 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 PROGRAMS = ("make ", "deepspeed ", "python launcher/run.py", "python -m data_prep ", "mdseq ")
 
 
-def commands(page: Path) -> list[str]:
-    """Lines of code blocks, continuation lines joined, and code in running text, that start one of our programs."""
+def commands(page: Path) -> list[tuple[str, bool]]:
+    """What starts one of our programs: lines of code blocks, continuation lines joined, and code in running text.
+
+    With each goes whether it may be a mention, such as `mdseq generate --trace`, and not the whole command.
+    """
     text = re.sub(r" *\\\n\s+", " ", page.read_text(encoding="utf-8"))
     blocks = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     spans = [" ".join(span.split()) for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
-    return [line for line in [*blocks, *spans] if line.startswith(PROGRAMS) and "..." not in line]
+    lines = [*((line, False) for line in blocks), *((line, True) for line in spans)]
+    return [(line, mention) for line, mention in lines if line.startswith(PROGRAMS) and "..." not in line]
 
 
-COMMANDS = [pytest.param(command, id=f"{page.name}: {command}") for page in PAGES for command in commands(page)]
+COMMANDS = [
+    pytest.param(command, mention, id=f"{page.name}: {command}")
+    for page in PAGES
+    for command, mention in commands(page)
+]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses(command):
+@pytest.mark.parametrize(("command", "mention"), COMMANDS)
+def test_command_parses(command, mention, capsys):
     program, *arguments = shlex.split(command, comments=True)
     if program == "make":
         _check_make(arguments)
     elif program == "mdseq":
-        _check_parses(mdseq_parser().parse_args, arguments)
+        _check_parses(mdseq_parser().parse_args, arguments, mention, capsys)
     elif "data_prep" in arguments[:2]:
-        _check_parses(parse_data_prep, arguments[2:])
+        _check_parses(parse_data_prep, arguments[2:], mention, capsys)
     else:
         _check_launch(arguments[arguments.index("launcher/run.py") + 1 :])
 
 
-def _check_parses(parse: Callable[[list[str]], argparse.Namespace], arguments: list[str]) -> None:
-    if len(arguments) > 1:
+def _check_parses(
+    parse: Callable[[list[str]], argparse.Namespace],
+    arguments: list[str],
+    mention: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    options = arguments[len(words) :]
+    if not mention or not all(option.startswith("--") for option in options):
         parse(arguments)
         return
-    with pytest.raises(SystemExit) as exit:  # a command is mentioned, not shown
-        parse([*arguments, "--help"])
+    with pytest.raises(SystemExit) as exit:
+        parse([*words, "--help"])
     assert exit.value.code == 0
+    assert set(options) <= set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
 def _check_make(arguments: list[str]) -> None:

@@ -12,8 +12,10 @@ import pytest
 from mdseq.cli import generate as command_module
 from mdseq.cli import main
 from mdseq.cli.results import FileResults
+from mdseq.diffusion.estimates import READINGS
 from mdseq.diffusion.solvers import SOLVERS
 from mdseq.diffusion.time_grids import TIME_GRIDS
+from mdseq.generate.sampler import SamplerOptions
 from mdseq.generate.text import TextGenerator
 from tests.generate.models import save_tiny_model
 
@@ -166,8 +168,41 @@ def test_every_candidate_of_every_text_has_noise_of_its_own(
 def test_all_options_of_the_sampler(pair_model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(command_module.SOLVERS) == set(SOLVERS)
     assert set(command_module.TIME_GRIDS) == set(TIME_GRIDS)
+    assert set(command_module.ESTIMATES) == set(READINGS)
     options = ["--solver", "ddpm", "--time_grid", "log_snr", "--guidance", "1.5", "--threshold", "0.9"]
-    assert generate(pair_model, "--source", "the", *options, "--clamp", "--absorb", "--patience", 1) == 0
+    more = ["--clamp", "--absorb", "--patience", 1, "--temperature", "0.9", "--estimate", "posterior"]
+    assert generate(pair_model, "--source", "the", *options, *more) == 0
+
+
+def test_the_samplers_options_reach_the_sampler(pair_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each by its own name, and by default those of the sampler."""
+    asked = []
+
+    def stream(self, prompts, options, *_):
+        asked.append((options, self.model.reading))
+        return ((index, "a text") for index, _ in enumerate(prompts))
+
+    monkeypatch.setattr(TextGenerator, "stream", stream)
+    options = [
+        "--solver", "ddpm", "--time_grid", "log_snr", "--seed", 4, "--temperature", 0.25, "--guidance", 1.5,
+        "--clamp", "--threshold", 0.5, "--absorb", "--patience", 3, "--estimate", "softmax",
+    ]  # fmt: skip
+    assert generate(pair_model, "--num", 2, *options) == generate(pair_model, "--num", 2) == 0
+    assert asked == [
+        (SamplerOptions(2, "ddpm", "log_snr", 4, 0.25, 1.5, True, 0.5, True, 3), "softmax"),
+        (SamplerOptions(2), "output"),
+    ]
+
+
+def test_by_default_the_output_is_what_the_model_was_trained_to_say(
+    pair_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = str(save_tiny_model(Path("posterior"), pair_dataset, reading="posterior"))
+    texts = {}
+    for estimate in ([], ["--estimate", "posterior"], ["--estimate", "output"]):
+        assert generate(saved, "--source", "the river", "--length", 20, *estimate) == 0
+        texts[" ".join(estimate)] = capsys.readouterr().out
+    assert texts[""] == texts["--estimate posterior"] != texts["--estimate output"]
 
 
 @pytest.mark.parametrize("suffix", ["html", "png"])
@@ -297,6 +332,8 @@ def test_nothing_of_the_user_is_overwritten(text_model: str, capsys: pytest.Capt
         ),
         ("pair_model", ["--input", "gaps.jsonl", "--infill_key", "gaps"], "record 1 has no text under 'src'"),
         ("text_model", ["--trace", "a.html", "--candidates", 2], "leave out one of them"),
+        ("text_model", ["--trace", "a.mp4"], "a.mp4: a trace is a page, an animation or a picture"),
+        ("text_model", ["--trace", "absent/a.html"], "there is no folder absent"),
         ("text_model", ["--output", "absent/out.jsonl"], "there is no folder absent"),
         ("absent", [], "no run folder at absent"),
     ],
@@ -333,7 +370,9 @@ def test_mistakes(request, capsys, inputs: Path, model: str, arguments: list, me
         ["--block", "0"],
         ["--patience", "-1"],
         ["--solver", "euler"],
-        ["--trace", "trace.mp4"],
+        ["--estimate", "mean"],
+        ["--temperature", "-0.5"],
+        ["--temperature", "inf"],
     ],
 )
 def test_values_that_are_never_allowed(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:

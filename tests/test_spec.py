@@ -161,7 +161,12 @@ def test_non_finite_numbers_are_refused(key: str, number: str) -> None:
         "attention.engine=fast", "experts.num_experts=-1",
         "diffusion.absorbing=perhaps", "diffusion.num_timesteps=1", "optimiser.betas=[0.9]",
         "optimiser.betas=[0.9, 1.0]", "optimiser.learning_rate=0", "optimiser.precision=fp16",
-        "schedule.final_fraction=-0.1", "data.path=3",
+        "schedule.final_fraction=-0.1", "data.path=3", "data.max_prefix=1.1", "data.max_suffix=-0.1",
+        "diffusion.noise_schedule=flat", "diffusion.noise_factor=0", "diffusion.continuous_time=sometimes",
+        "diffusion.stratified=often", "diffusion.timestep_sampling=sorted", "diffusion.objective=mine",
+        "diffusion.denoising_weight=-1", "diffusion.snr_cap=-1", "diffusion.anchor_weight=-1",
+        "diffusion.rounding_weight=-1", "diffusion.estimate=mean", "diffusion.self_conditioning=1.5",
+        "diffusion.self_conditioning_lag=-0.1", "diffusion.condition_dropout=2",
     ],
 )  # fmt: skip
 def test_values_outside_what_is_allowed_are_refused(override: str) -> None:
@@ -219,6 +224,75 @@ def test_what_is_switched_off_contradicts_nothing() -> None:
     assert load_spec(None, full).spec.attention.kind == "full"
     quick = load_spec(None, ["diffusion.num_timesteps=10", "report.sample_interval_steps=0"]).spec
     assert quick.report.sample_solver_steps > quick.diffusion.num_timesteps
+
+
+# What DiffuSeq's loss is, key by key, and something else.
+OF_PUBLISHED = {
+    "noise_factor": ("1.0", "2.0"), "continuous_time": ("false", "true"), "stratified": ("false", "true"),
+    "denoising_weight": ("1.0", "0.5"), "snr_cap": ("0.0", "5.0"), "anchor_weight": ("0.0", "1.0"),
+    "rounding_weight": ("1.0", "0.0"), "estimate": ("output", "softmax"), "normalise_embeddings": ("false", "true"),
+    "self_conditioning": ("0.0", "0.5"), "condition_dropout": ("0.0", "0.1"),
+}  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(st.sets(st.sampled_from(sorted(OF_PUBLISHED))))
+def test_the_published_objective_is_that_and_nothing_else(changed: set[str]) -> None:
+    """The message names exactly what was changed, and what it should be."""
+    if "estimate" in changed:
+        changed = changed | {"anchor_weight"}  # without which it is refused for another reason
+    overrides = [f"diffusion.{key}={values[key in changed]}" for key, values in OF_PUBLISHED.items()]
+    elsewhere = load_spec(None, overrides).spec.diffusion
+    assert elsewhere.objective == "target", "these settings are fine in themselves"
+    published = [*overrides, "diffusion.objective=published"]
+    if not changed:
+        assert load_spec(None, published).spec.diffusion.objective == "published"
+        return
+    heading, problem = complaint(None, *published)
+    assert heading == "1 problem in the run spec:"
+    wanted = ", ".join(f"{key} = {neutral}" for key, (neutral, _) in OF_PUBLISHED.items() if key in changed)
+    assert problem.endswith(f"; set {wanted}, or set diffusion.objective = target")
+
+
+def test_what_the_published_objective_leaves_open() -> None:
+    neutral = [f"diffusion.{key}={value}" for key, (value, _) in OF_PUBLISHED.items()]
+    for override in (
+        "absorbing=false", "absorbing=true", "gamma=0.1", "absorbing_weight=0.5", "timestep_sampling=uniform",
+        "noise_schedule=warmup_decay", "num_timesteps=50", "self_conditioning_lag=0.9",
+    ):  # fmt: skip
+        overrides = [*neutral, "diffusion.objective=published", f"diffusion.{override}"]
+        assert load_spec(None, overrides).spec.diffusion.objective == "published"
+
+
+TRAINED = "diffusion.denoising_weight={} diffusion.anchor_weight={} diffusion.estimate={}"
+
+
+@pytest.mark.parametrize(
+    ("denoising", "anchor", "estimate", "problem"),
+    [
+        (0, 0, "output", "denoising_weight = 0 leaves diffusion.estimate = output untrained; raise denoising_weight"),
+        (0, 1, "output", "denoising_weight = 0 leaves diffusion.estimate = output untrained; raise denoising_weight"),
+        (1, 0, "softmax", "estimate = softmax needs .*anchor_weight = 0 leaves untrained; raise anchor_weight"),
+        (0, 0, "softmax", "estimate = softmax needs .*anchor_weight = 0 leaves untrained; raise anchor_weight"),
+        (0, 0, "posterior", "estimate = posterior needs .*anchor_weight = 0 leaves untrained; raise anchor_weight"),
+        (0.5, 1, "posterior", "denoising_weight = 0.5 trains an output .* set denoising_weight = 0"),
+    ],
+)
+def test_an_estimate_that_nothing_trains_is_refused(
+    denoising: float, anchor: float, estimate: str, problem: str
+) -> None:
+    heading, found = complaint(None, *TRAINED.format(denoising, anchor, estimate).split())
+    assert heading == "1 problem in the run spec:"
+    assert re.search(problem, found)
+
+
+@pytest.mark.parametrize(
+    ("denoising", "anchor", "estimate"),
+    [(1, 0, "output"), (1, 1, "output"), (0, 1, "softmax"), (0.5, 1, "softmax"), (0, 1, "posterior")],
+)
+def test_an_estimate_that_is_trained_is_fine(denoising: float, anchor: float, estimate: str) -> None:
+    spec = load_spec(None, TRAINED.format(denoising, anchor, estimate).split()).spec.diffusion
+    assert spec.estimate == estimate
 
 
 path_text = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="'"))

@@ -6,6 +6,9 @@ import argparse
 import math
 from collections.abc import Callable
 
+# What a denoiser's output may be taken for (mdseq/diffusion/estimates.py, which would load torch).
+ESTIMATES = ("output", "softmax", "posterior")
+
 
 def at_least(least: int) -> Callable[[str], int]:
     """An integer of `least` or more."""

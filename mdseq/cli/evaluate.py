@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdseq.cli.arguments import at_least, seed
+from mdseq.cli.arguments import ESTIMATES, at_least, seed
 from mdseq.cli.progress import progress
 from mdseq.cli.results import require_writable
 from mdseq.errors import UserError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from mdseq.evaluate.likelihood import Likelihood
 
 DEFAULT_SAMPLES = 16
-ESTIMATES = ("output", "softmax", "posterior")
 
 
 def add_command(commands: Any) -> None:

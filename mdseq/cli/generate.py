@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdseq.cli.arguments import at_least, number_between, seed
+from mdseq.cli.arguments import ESTIMATES, at_least, number_between, seed
 from mdseq.cli.requests import Requests
 from mdseq.cli.results import FileResults, PrintedResults, require_writable
 from mdseq.cli.weights import load_run
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 DEFAULT_LENGTH = 128
 SOLVERS = ("ddpm", "ddim", "dpm_2s", "dpm_2m", "dpm_3m", "dpm_2m_sde")
 TIME_GRIDS = ("uniform", "log_snr", "quadratic")
-TRACE_SUFFIXES = (".html", ".gif", ".png")
 # What does not change the texts, or is told apart by more than its name.
 NO_SETTINGS = {"command", "run", "input", "output", "batch_size", "trace"}
 
@@ -76,6 +75,18 @@ def add_command(commands: Any) -> None:
         help="how the calls are spread over time; default: uniform",
     )
     group.add_argument(
+        "--estimate",
+        choices=ESTIMATES,
+        help="what the denoiser's output is taken for, see docs/likelihood.md; default: what it was trained as",
+    )
+    group.add_argument(
+        "--temperature",
+        type=number_between(0),
+        default=1.0,
+        metavar="X",
+        help="factor of all noise: below 1, texts are likelier and less varied; default 1",
+    )
+    group.add_argument(
         "--guidance",
         type=number_between(0),
         default=1.0,
@@ -118,7 +129,7 @@ def add_command(commands: Any) -> None:
         "--output", type=Path, metavar="JSONL", help="can be interrupted and continued; default: standard output"
     )
     group.add_argument(
-        "--trace", type=_trace_file, metavar="FILE", help="show how the first text came about: .html, .gif or .png"
+        "--trace", type=Path, metavar="FILE", help="show how the first text came about: .html, .gif or .png"
     )
 
 
@@ -126,15 +137,12 @@ def _length(text: str) -> int | str:
     return text if text in ("predicted", "sampled") else at_least(1)(text)
 
 
-def _trace_file(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in TRACE_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; give a name that ends in {', '.join(TRACE_SUFFIXES)}")
-    return path
-
-
 def generate(options: argparse.Namespace) -> None:
     requests = _requests(options)
+    if options.trace is not None:
+        from mdseq.report.trace import check_trace_path
+
+        check_trace_path(options.trace)
     for path in (options.output, options.trace):
         if path is not None:
             require_writable(path)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from mdseq.cli.generate import DEFAULT_LENGTH, fills, infill_key
@@ -37,12 +38,15 @@ class Writing:
         self.options = options
         self.records = requests.records
         self.num_texts = len(self.records) * options.num
-        self.generator = TextGenerator.of(saved)
+        generator = TextGenerator.of(saved)
+        model = generator.model
+        self.generator = replace(generator, model=replace(model, reading=options.estimate or model.reading))
         self.sampler = SamplerOptions(
             num_calls=options.steps,
             solver=options.solver,
             time_grid=options.time_grid,
             seed=options.seed,
+            temperature=options.temperature,
             guidance=options.guidance,
             clamp=options.clamp,
             threshold=options.threshold,

@@ -149,7 +149,7 @@ def collate(corpus: Corpus, plan: RowPlan, row_length: int, step: int, totals: S
     position_n = position_bl[filled_bl]
     target_bl[filled_bl] = (position_n >= start_n) & (position_n < np.repeat(plan.target_end_p, pieces.length))
     if plan.pairs:
-        position_bl[filled_bl] = np.where(position_n < start_n, position_n, position_n - start_n + 1)
+        position_bl[filled_bl] = position_n - np.where(position_n < start_n, 0, np.maximum(start_n - 1, 0))
 
     # Pieces that are neighbours in a row and in the corpus are read in one go.
     offset_p = pieces.position - before_p

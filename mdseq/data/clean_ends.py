@@ -1,4 +1,4 @@
-"""A source for texts that have none: ends that are kept clean, so that a model of texts learns to continue and to fill."""
+"""A source for texts that have none: ends that are kept clean, so that the model learns to continue and to fill."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from mdseq.data.batch import Batch, RowPlan, StepTotals, collate
+from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.corpus import Corpus
 from mdseq.data.order import Order
 from mdseq.data.packing import Packing
-from mdseq.data.clean_ends import CleanEnds
 
 # One step would do if reading never took longer than a step; the second one rides over a slow disk.
 STEPS_AHEAD = 2

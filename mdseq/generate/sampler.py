@@ -31,8 +31,10 @@ class SamplerOptions:
         solver: A key of `mdseq.diffusion.solvers.SOLVERS`.
         time_grid: A key of `mdseq.diffusion.time_grids.TIME_GRIDS`: where between T - 1 and 0 the calls are spent.
         seed: Key of all noise, below 2**32.
-        guidance: Weight w of the source: e' + w (e - e'), with e' the estimate without source (classifier-free
-            guidance, arXiv 2207.12598); 1 for none. Costs a second pass of the denoiser in each call.
+        temperature: Factor of all noise that is drawn, at the start and in the steps of stochastic solvers. 1 is what
+            was trained; less gives likelier texts that are more alike, and 0 always the same one, but for `absorb`.
+        guidance: Weight w of the source: the denoiser's output is f' + w (f - f'), with f' that without source
+            (classifier-free guidance, arXiv 2207.12598); 1 for none. Costs a second pass of the denoiser in each call.
         clamp: Replace every estimate by its nearest embedding (DiffuSeq's clamping trick).
         threshold: Quantile of the size of an estimate's values; what exceeds it is cut, and the rest scaled down, so
             that none exceeds the largest of all embeddings (dynamic thresholding, Imagen, arXiv 2205.11487, section
@@ -49,6 +51,7 @@ class SamplerOptions:
     solver: str = "dpm_2m"
     time_grid: str = "uniform"
     seed: int = 0
+    temperature: float = 1.0
     guidance: float = 1.0
     clamp: bool = False
     threshold: float = 1.0
@@ -61,6 +64,7 @@ class SamplerOptions:
             ("solver", f"one of {', '.join(SOLVERS)}", self.solver in SOLVERS),
             ("time_grid", f"one of {', '.join(TIME_GRIDS)}", self.time_grid in TIME_GRIDS),
             ("seed", "0 to 4294967295", 0 <= self.seed < 2**32),
+            ("temperature", "a finite number of at least 0; 1 is as trained", 0 <= self.temperature < math.inf),
             ("guidance", "a finite number of at least 0; 1 is no guidance", 0 <= self.guidance < math.inf),
             ("threshold", "more than 0 and at most 1, such as 0.995; 1 is no threshold", 0 < self.threshold <= 1),
             ("patience", "0 or more calls; 0 makes them all", self.patience >= 0),
@@ -127,7 +131,7 @@ def sample(
     length, dim = rows.source_blz.shape[1:]
 
     def draw_normal(level: NoiseLevel) -> Tensor:
-        return keys[level].normal(Purpose.SAMPLING, length, dim)
+        return options.temperature * keys[level].normal(Purpose.SAMPLING, length, dim)
 
     def absorb(u_blz: Tensor, level: NoiseLevel) -> Tensor:
         if not options.absorb or level is levels[-1]:
@@ -135,7 +139,7 @@ def sample(
         absorbed_bl = keys[level].uniform(Purpose.RESAMPLING, length) <= model.gamma * level.sigma
         return torch.where(absorbed_bl[..., None], 0.0, u_blz)  # z = m
 
-    start_blz = keys[levels[0]].normal(Purpose.STARTING, length, dim)
+    start_blz = options.temperature * keys[levels[0]].normal(Purpose.STARTING, length, dim)
     # What the solver returns is the newest estimate, which is kept.
     SOLVERS[options.solver](ReverseProcess(levels, denoised.predict, draw_normal, absorb), start_blz)
     return Samples(denoised.tokens(), denoised.calls_b)

@@ -32,11 +32,12 @@ class ParameterCount:
 
 
 def count_parameters(config: DenoiserConfig, absorbing: bool) -> ParameterCount:
-    """Exact, tied embedding counted once."""
+    """Exact."""
     z, d, f = config.embedding_dim, config.hidden_dim, config.feedforward_dim
-    embedding = config.vocab_size * z + config.vocab_size  # and the bias of the head
+    embedding = config.vocab_size * z + config.vocab_size  # and the tokens' biases
+    inputs = 2 * z if config.self_conditioning else z
     time = (z * 4 * z + 4 * z) + (4 * z * d + d)
-    input_output = (z * d + d) + (d * d + d) + (d * d + d) + (d * z + z)
+    input_output = (inputs * d + d) + (d * d + d) + (d * d + d) + (d * z + z)
     shared = embedding + time + input_output + config.num_global * d + d + (z if absorbing else 0)
     shared += config.num_layers * (4 * d * d + 2 * d)  # attention and two norms
     swiglu = config.num_layers * 3 * d * f
@@ -79,9 +80,9 @@ def memory_per_rank(
     """Estimated GiB on the device of one rank, by component.
 
     State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch: of each layer about
-    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and the logits of the vocabulary in
-    fp32, their log-softmax and the gradients of both. What the process holds besides, such as libraries and buffers for
-    communication, is not in it.
+    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and about eight embeddings per token
+    in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is what
+    the process holds besides, such as libraries and buffers for communication.
     """
     parameters = count_parameters(config, spec.diffusion.absorbing)
     value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
@@ -98,6 +99,6 @@ def memory_per_rank(
         "gradients": (sharded if zero_stage >= 2 else hosted) * value_bytes,
         "optimiser": 0.0 if offloads_optimiser else sharded * (8 + 4),  # two moments and the fp32 weights
         "average": 0.0 if offloads_optimiser else sharded * 4,
-        "activations": tokens * (layers * per_token_layer * value_bytes + 4 * 4 * config.vocab_size),
+        "activations": tokens * (layers * per_token_layer * value_bytes + 8 * 4 * config.embedding_dim),
     }
     return {name: size / 2**30 for name, size in parts.items()}

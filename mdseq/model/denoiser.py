@@ -175,7 +175,10 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Embeddings N(0, 1) as in DiffuSeq; weights 1 / sqrt(fan-in), less where they add to the residual stream."""
+        """Embeddings N(0, 1) as in DiffuSeq; weights 1 / sqrt(fan-in), less where they add to the residual stream.
+
+        The output is next to nothing: it favours no token before it has learned something.
+        """
         residual = (2 * self.config.num_layers) ** -0.5
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -190,5 +193,8 @@ class Denoiser(nn.Module):
             block.attention.output.weight.mul_(residual)
             if isinstance(block.feedforward, DenseFeedForward):
                 block.feedforward.down.weight.mul_(residual)
+        last = self.output[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.mul_(0.01)
         if self.globals is not None:
             nn.init.normal_(self.globals.weight, std=0.02)

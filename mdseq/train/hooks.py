@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 from mdseq.data.format import Kind
+from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.engine.checkpoint import CheckpointManifest, remove_old_checkpoints, save_checkpoint
-from mdseq.generate.prompts import Prompt
+from mdseq.generate.prompts import Length, Prompt
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.generate.text import TextGenerator
 from mdseq.model.saved import ModelConfig
@@ -117,16 +118,23 @@ class SampleHook:
     """Every few steps: generates text with the current weights, into samples/ and TensorBoard.
 
     All ranks generate the same, for experts and shards are spread over them; rank 0 writes. A model of pairs is given
-    sources of the corpus, a model of texts writes from nothing.
+    sources of the corpus, and writes as much as they ask for; a model of texts writes from nothing.
     """
 
     def __init__(
-        self, run: RunFolder, writer: MetricsWriter | None, tokenizer: Tokenizer, kind: Kind, sources: Sequence[str]
+        self,
+        run: RunFolder,
+        writer: MetricsWriter | None,
+        tokenizer: Tokenizer,
+        kind: Kind,
+        lengths: LengthTable,
+        sources: Sequence[str],
     ) -> None:
         self.run = run
         self.writer = writer
         self.tokenizer = tokenizer
         self.kind = kind
+        self.lengths = lengths
         self.sources = sources
 
     def after_step(self, trainer: Trainer) -> None:
@@ -136,8 +144,9 @@ class SampleHook:
         objective = trainer.objective
         objective.eval()
         with torch.no_grad():
-            generator = TextGenerator(objective.model(), self.tokenizer, self.kind)
-            prompts = [Prompt(source, report.sample_length, i) for i, source in enumerate(self.sources)]
+            generator = TextGenerator(objective.model(), self.tokenizer, self.kind, lengths=self.lengths)
+            length: Length = "predicted" if self.kind == "pair" else report.sample_length
+            prompts = [Prompt(source, length, i) for i, source in enumerate(self.sources)]
             texts = generator.generate(
                 prompts, SamplerOptions(num_calls=report.sample_solver_steps, seed=trainer.spec.seed)
             )

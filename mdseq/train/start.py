@@ -120,6 +120,7 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
         dataset_fingerprint=manifest.fingerprint,
         spec=spec.model_dump(mode="json"),
     )
+    lengths = LengthTable.of(plan.corpus)
     model = ModelConfig(
         denoiser=DenoiserConfig.of(spec, manifest.vocab_size),
         noise_schedule=spec.diffusion.noise_schedule,
@@ -131,12 +132,12 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
         row_length=spec.data.row_length,
         step=trainer.step,
         condition_dropout=spec.diffusion.condition_dropout,
-        lengths=LengthTable.of(plan.corpus).to_dict(),
+        lengths=lengths.to_dict(),
     )
     tokenizer_path = Path(spec.data.path) / TOKENIZER_FILE
     return [
         MetricsHook(writer, spec.report.log_interval_steps),
-        SampleHook(plan.run, writer, plan.tokenizer, manifest.kind, _sample_sources(plan)),
+        SampleHook(plan.run, writer, plan.tokenizer, manifest.kind, lengths, _sample_sources(plan)),
         CheckpointHook(plan.run, checkpoint, model, tokenizer_path),
     ]
 

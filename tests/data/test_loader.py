@@ -16,18 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdseq.data.batch import Batch
+from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.corpus import Corpus
 from mdseq.data.loader import Loader
 from mdseq.data.mixture import MixedOrder
 from mdseq.data.order import RowOrder
 from mdseq.data.packing import JoinedPacking, Packing, Pieces, SplitPacking, WholePacking
-from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.errors import UserError
+from mdseq.sparse import Documents
 
 LENGTHS = [7, 3, 12, 5, 2, 2, 9, 4, 16, 6, 3, 3]
 TARGET_STARTS = [1, 2, 8, 1, 1, 1, 3, 2, 11, 1, 2, 1]
-FIELDS = ("tokens_bl", "document_bl", "position_bl", "target_bl", "row_b")
+FIELDS = ("tokens_bl", "document_bl", "position_bl", "target_bl", "row_b", "first_document_b")
 
 
 def read(corpus: Corpus, step: int, micro_batch_size: int, num_ranks: int, row_length: int = 8) -> list[list[Batch]]:
@@ -52,6 +53,8 @@ def test_layout_of_ranks_does_not_change_the_step(corpus_of: Any, micro_batch_si
         for field in FIELDS:
             together = torch.cat([getattr(batch, field) for batch in in_order])
             torch.testing.assert_close(together, getattr(reference, field), rtol=0, atol=0)
+        lengths = [row[row > 0].tolist() for batch in in_order for row in batch.source_length_bm]
+        assert lengths == [row[row > 0].tolist() for row in reference.source_length_bm]
         for batch in in_order:
             assert batch.step == step
             assert batch.totals.micro_batches == len(in_order)
@@ -76,10 +79,11 @@ def test_batch_agrees_with_the_corpus(corpus_of: Any, step: int, row_length: int
     order = RowOrder(packing.num_rows, seed=1)
     with closing(Loader(corpus, packing, order, max(16, row_length), 4, 4, rank=0, num_ranks=1)) as loader:
         (batch,) = loader.micro_batches(step)
-    most = 0
+    most, seen = 0, 0
     for b, row in enumerate(batch.row_b.tolist()):
         pieces = packing.pieces(np.array([row]))
-        slot = 0
+        assert batch.first_document_b[b] == seen, "documents of the rows before"
+        slot, seen = 0, seen + len(pieces)
         for index in range(len(pieces)):
             document, start = int(pieces.document[index]), int(pieces.start[index])
             for position in range(int(pieces.length[index])):
@@ -89,6 +93,8 @@ def test_batch_agrees_with_the_corpus(corpus_of: Any, step: int, row_length: int
                 assert batch.position_bl[b, slot] == position
                 assert batch.target_bl[b, slot] == (in_document >= TARGET_STARTS[document])
                 slot += 1
+            before = max(TARGET_STARTS[document] - start, 0)
+            assert batch.source_length_bm[b, index] == min(before, int(pieces.length[index]))
         most = max(most, len(pieces))
         assert torch.all(batch.tokens_bl[b, slot:] == SpecialToken.PAD)
         assert torch.all(batch.document_bl[b, slot:] == -1)
@@ -262,31 +268,90 @@ def test_each_clean_end_leaves_half_of_the_pieces_alone_and_takes_at_most_its_sh
     assert 0.2 < ((prefixes > 0) & (suffixes > 0)).mean() < 0.3, "the ends are drawn independently"
 
 
+def batch_of(corpus: Corpus, packing: Packing, row_length: int, clean_ends: CleanEnds | None = None) -> Batch:
+    """The first four rows."""
+    order = RowOrder(packing.num_rows, 1)
+    with closing(Loader(corpus, packing, order, row_length, 4, 4, 0, 1, clean_ends=clean_ends)) as loader:
+        (batch,) = loader.micro_batches(0)
+    return batch
+
+
+def documents_of(batch: Batch) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Each row and each of its documents, with where that lies in the row."""
+    for b in range(len(batch.row_b)):
+        for document in range(int(batch.document_bl[b].max()) + 1):
+            yield b, document, batch.document_bl[b] == document
+
+
 def test_a_gap_between_clean_ends_is_what_is_denoised(corpus_of: Any) -> None:
+    """Before it, as many tokens as the batch says are source; it may end before its document does."""
     corpus = corpus_of([40, 25, 60, 33, 50])
-    packing = SplitPacking(corpus, 32)
-    ends = CleanEnds(seed=3, max_prefix=0.4, max_suffix=0.4)
-    with closing(Loader(corpus, packing, RowOrder(packing.num_rows, 1), 32, 4, 4, 0, 1, clean_ends=ends)) as loader:
-        (batch,) = loader.micro_batches(0)
-    for b in range(4):
-        for document in range(int(batch.document_bl[b].max()) + 1):
-            target = batch.target_bl[b][batch.document_bl[b] == document]
-            (places,) = torch.nonzero(target, as_tuple=True)
-            assert target[places[0] : places[-1] + 1].all(), "one gap"
-    assert (batch.target_bl[:, -1] != (batch.document_bl[:, -1] != -1)).any(), "some documents end clean"
+    batch = batch_of(corpus, SplitPacking(corpus, 32), 32, CleanEnds(seed=3, max_prefix=0.4, max_suffix=0.4))
+    suffixes = []
+    for b, document, here in documents_of(batch):
+        target = batch.target_bl[b][here]
+        (places,) = torch.nonzero(target, as_tuple=True)
+        assert target[places[0] : places[-1] + 1].all(), "one gap"
+        assert places[0] == batch.source_length_bm[b, document]
+        suffixes.append(len(target) - 1 - int(places[-1]))
+        assert batch.position_bl[b][here].tolist() == list(range(len(target))), "texts count through"
+    assert min(suffixes) == 0
+    assert max(suffixes) > 0
 
 
-def test_the_target_of_a_pair_counts_its_positions_anew(corpus_of: Any) -> None:
+def test_clean_ends_that_meet_leave_no_target_and_the_source_ends_where_the_suffix_starts(corpus_of: Any) -> None:
+    corpus = corpus_of([40, 25, 60, 33, 50])
+
+    class AllClean(CleanEnds):
+        def shares(self, step: int, rows: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndarray]:
+            return np.full(len(pieces), 1.0, np.float32), np.full(len(pieces), 0.5, np.float32)
+
+    batch = batch_of(corpus, SplitPacking(corpus, 32), 32, AllClean(0, 1.0, 1.0))
+    assert batch.totals.target_tokens == 0
+    assert not batch.target_bl.any()
+    for b, document, here in documents_of(batch):
+        length = int(here.sum())
+        assert batch.source_length_bm[b, document] == length - length // 2
+
+
+def test_the_first_token_of_a_text_stays_clean_without_ends_and_with_them(corpus_of: Any) -> None:
+    corpus = corpus_of([40, 25, 60, 33, 50])
+    for ends in (None, CleanEnds(seed=3, max_prefix=0.0), CleanEnds(seed=3, max_prefix=0.5)):
+        batch = batch_of(corpus, WholePacking(corpus, 64, 2), 64, ends)
+        first_bl = (batch.position_bl == 0) & (batch.document_bl != -1)
+        assert not batch.target_bl[first_bl].any()
+    ends = [batch_of(corpus, WholePacking(corpus, 64, 2), 64, it) for it in (None, CleanEnds(3, 0.0, 0.0))]
+    assert torch.equal(ends[0].target_bl, ends[1].target_bl), "ends of no share are none"
+
+
+@pytest.mark.parametrize("row_length", [24, 11])
+def test_the_target_of_a_pair_counts_its_positions_anew(corpus_of: Any, row_length: int) -> None:
+    """As `Documents.whole` says, which sampling and likelihood lay their rows out with; cut or whole."""
     corpus = corpus_of([12, 9, 20], target_starts=[5, 4, 11], kind="pair")
-    packing = WholePacking(corpus, 24, 4)
-    with closing(Loader(corpus, packing, RowOrder(packing.num_rows, 1), 24, 2, 2, 0, 1)) as loader:
-        (batch,) = loader.micro_batches(0)
-    for b in range(2):
-        for document in range(int(batch.document_bl[b].max()) + 1):
-            here = batch.document_bl[b] == document
-            source, target = here & ~batch.target_bl[b], here & batch.target_bl[b]
+    packing = WholePacking(corpus, 24, 4) if row_length == 24 else SplitPacking(corpus, row_length)
+    batch, cut = batch_of(corpus, packing, row_length), set()
+    for b, _, here in documents_of(batch):
+        source, target = here & ~batch.target_bl[b], here & batch.target_bl[b]
+        if source.any():
             assert batch.position_bl[b][source].tolist() == list(range(int(source.sum())))
             assert batch.position_bl[b][target].tolist() == list(range(1, int(target.sum()) + 1))
+        lengths = torch.tensor([int(here.sum())]), torch.tensor([int(source.sum())])
+        alone = Documents.whole(lengths[0], int(lengths[0]), lengths[1])
+        assert torch.equal(batch.position_bl[b][here], alone.position_bl[0])
+        cut.add((bool(source.any()), bool(target.any())))
+    assert cut == ({(True, True)} if row_length == 24 else {(True, True), (True, False), (False, True)})
+
+
+def test_leading_source_of_pairs_is_marked_wherever_positions_restart(corpus_of: Any) -> None:
+    corpus = corpus_of([12, 9, 20], target_starts=[5, 4, 11], kind="pair")
+    batch = batch_of(corpus, WholePacking(corpus, 24, 4), 24)
+    documents = batch.documents(num_source_global=5)
+    assert documents.global_bl is not None
+    count_b = documents.global_bl.sum(dim=1).tolist()
+    assert documents.num_global_tokens == (min(count_b), max(count_b))
+    for b, document, here in documents_of(batch):
+        marked = documents.global_bl[b][here].nonzero().flatten().tolist()
+        assert marked == list(range(min(5, int(batch.source_length_bm[b, document]))))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mdseq.data.batch import Batch, StepTotals
 from mdseq.data.tokenizer import SpecialToken
@@ -14,7 +15,30 @@ from mdseq.sparse.documents import NO_DOCUMENT
 from mdseq.spec import load_spec
 
 VOCAB = 30
+
+# Rows of documents, each so many tokens of source and of target.
+ONE_DOCUMENT_A_ROW = [[(4, 9)], [(2, 20)], [(1, 5)], [(10, 14)], [(0, 24)], [(23, 1)]]
+PACKED = [[(4, 6), (2, 5)], [(3, 20)], [(1, 5), (2, 2), (4, 7)], [(0, 8)]]
+
+# Objectives that say of every setting what it is, whatever the defaults are.
+SQUARED_ERROR = [
+    "diffusion.objective=target", "diffusion.noise_schedule=sqrt", "diffusion.noise_factor=1.0",
+    "diffusion.continuous_time=false", "diffusion.timestep_sampling=loss_aware", "diffusion.stratified=false",
+    "diffusion.absorbing=true", "diffusion.gamma=0.5", "diffusion.absorbing_weight=0.01",
+    "diffusion.denoising_weight=1.0", "diffusion.snr_cap=0.0", "diffusion.anchor_weight=0.0",
+    "diffusion.rounding_weight=1.0", "diffusion.estimate=output", "diffusion.normalise_embeddings=false",
+    "diffusion.self_conditioning=0.0", "diffusion.self_conditioning_lag=0.1", "diffusion.condition_dropout=0.0",
+]  # fmt: skip
+PUBLISHED = [*SQUARED_ERROR, "diffusion.objective=published"]
+ANCHOR = [*SQUARED_ERROR, "diffusion.anchor_weight=1.0"]
+POSTERIOR = [*ANCHOR, "diffusion.estimate=posterior", "diffusion.denoising_weight=0.0"]
+EVERYTHING = [
+    *POSTERIOR, "diffusion.noise_factor=2.0", "diffusion.continuous_time=true", "diffusion.stratified=true",
+    "diffusion.normalise_embeddings=true", "diffusion.self_conditioning=0.5", "diffusion.condition_dropout=0.3",
+]  # fmt: skip
+
 TINY = [
+    *SQUARED_ERROR,
     "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
     "model.feedforward_dim=24", "attention.window=4", "attention.dilation=[1, 2]", "attention.num_global=1",
     "experts.num_experts=4", "experts.feedforward_dim=12", "diffusion.num_timesteps=20", "data.row_length=24",
@@ -23,7 +47,7 @@ TINY = [
 
 
 def tiny_objective(*overrides: str) -> DiffusionObjective:
-    """The same weights at every call."""
+    """The same weights at every call; trained by SQUARED_ERROR unless the overrides say otherwise."""
     torch.manual_seed(0)
     return DiffusionObjective(load_spec(None, [*TINY, *overrides]).spec, VOCAB)
 
@@ -73,6 +97,17 @@ def take_rows(batch: Batch, rows: Sequence[int], micro_batches: int | None = Non
         target_bl=batch.target_bl[index],
         row_b=batch.row_b[index],
         first_document_b=batch.first_document_b[index],
+        source_length_bm=batch.source_length_bm[index],
         num_documents=max(1, int(batch.document_bl[index].max()) + 1),
         totals=replace(batch.totals, micro_batches=micro_batches or batch.totals.micro_batches),
     )
+
+
+def observed(objective: DiffusionObjective, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and what went into and came out of the denoiser's last call: z_t, time, f."""
+    seen = []
+    hook = objective.denoiser.register_forward_hook(lambda _, args, out: seen.append((args[0], args[1], out)))
+    loss = objective(batch)
+    hook.remove()
+    z_t, time, f = seen[-1]
+    return loss, z_t.detach(), time, f.detach()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdseq.diffusion.denoising import DiffusionModel, GivenRows
+from mdseq.diffusion.denoising import DiffusionModel, GivenRows, Prediction
+from mdseq.diffusion.estimates import READINGS, Reader, Reading
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.saved import ModelConfig, SavedModel
@@ -25,13 +26,18 @@ def denoiser_of(*overrides: str) -> Denoiser:
     tiny = [
         "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
         "attention.window=3", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=8",
+        "diffusion.normalise_embeddings=false",
     ]  # fmt: skip
     torch.manual_seed(0)
-    return Denoiser(DenoiserConfig.of(load_spec(None, [*tiny, *overrides]).spec, VOCAB)).eval()
+    denoiser = Denoiser(DenoiserConfig.of(load_spec(None, [*tiny, *overrides]).spec, VOCAB)).eval()
+    with torch.no_grad():
+        denoiser.output[-1].weight.mul_(100)  # nothing is learned, but something is said
+    return denoiser
 
 
-def model_of(*overrides: str) -> DiffusionModel:
-    return DiffusionModel(denoiser_of(*overrides), torch.linspace(-1, 1, DIM), NoiseSchedule("sqrt", T), 0.5)
+def model_of(*overrides: str, reading: Reading = "output") -> DiffusionModel:
+    denoiser = denoiser_of("diffusion.self_conditioning=0", *overrides)
+    return DiffusionModel(denoiser, torch.linspace(-1, 1, DIM), NoiseSchedule("sqrt", T), 0.5, reading)
 
 
 def some_rows() -> tuple[Tensor, Tensor, Documents]:
@@ -45,11 +51,13 @@ def some_rows() -> tuple[Tensor, Tensor, Documents]:
 
 
 class Shown:
-    """Remembers the arguments of a denoiser's calls."""
+    """Remembers the arguments of a denoiser's calls, and what they gave."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.calls: list[tuple[Tensor, Tensor, Documents, Tensor | None]] = []
+        self.outputs: list[Tensor] = []
         denoiser.register_forward_pre_hook(lambda _, args: self.calls.append(args))
+        denoiser.register_forward_hook(lambda _, __, output: self.outputs.append(output))
 
 
 def noise(seed: int = 1) -> Tensor:
@@ -72,17 +80,47 @@ def test_sources_are_clean_and_targets_have_the_time_of_their_row() -> None:
 
 
 @torch.no_grad()
-def test_only_targets_of_what_is_handed_in_are_looked_at() -> None:
-    model = model_of("diffusion.self_conditioning=0.5")
+@pytest.mark.parametrize("reading", READINGS)
+def test_only_targets_of_what_is_handed_in_are_looked_at(reading: Reading) -> None:
+    model = model_of("diffusion.self_conditioning=0.5", reading=reading)
     tokens_bl, target_bl, documents = some_rows()
     rows = GivenRows.of(model, tokens_bl, target_bl, documents)
     z_blz, estimate_blz = noise(1), noise(2)
-    x_blz = rows.predict(z_blz, TIMESTEP_B, estimate_blz)
     elsewhere = ~target_bl[..., None]
-    assert torch.equal(x_blz, rows.predict(z_blz.masked_fill(elsewhere, 9.0), TIMESTEP_B, estimate_blz))
-    assert torch.equal(x_blz, rows.predict(z_blz, TIMESTEP_B, estimate_blz.masked_fill(elsewhere, 9.0)))
-    assert not torch.equal(x_blz, rows.predict(z_blz, TIMESTEP_B))
-    assert torch.equal(rows.predict(z_blz, TIMESTEP_B), rows.predict(z_blz, TIMESTEP_B, torch.zeros_like(estimate_blz)))
+
+    def clean(z_blz: Tensor, estimate_blz: Tensor | None) -> Tensor:
+        return rows.predict(z_blz, TIMESTEP_B, estimate_blz).clean_blz[target_bl]
+
+    x_nz = clean(z_blz, estimate_blz)
+    assert torch.equal(x_nz, clean(z_blz.masked_fill(elsewhere, 9.0), estimate_blz))
+    assert torch.equal(x_nz, clean(z_blz, estimate_blz.masked_fill(elsewhere, 9.0)))
+    assert not torch.equal(x_nz, clean(z_blz, None))
+    assert torch.equal(clean(z_blz, None), clean(z_blz, torch.zeros_like(estimate_blz)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 0.0, 2.5])
+@pytest.mark.parametrize("reading", READINGS)
+def test_the_output_is_guided_then_read_at_the_time_of_its_row(reading: Reading, guidance: float) -> None:
+    model = model_of(reading=reading)
+    tokens_bl, target_bl, documents = some_rows()
+    rows = GivenRows.of(model, tokens_bl, target_bl, documents)
+    shown, z_blz = Shown(model.denoiser), noise()
+    z_blz[0, 7] = model.m_z  # what was absorbed says nothing of its token
+    prediction = rows.predict(z_blz, TIMESTEP_B, guidance=guidance)
+    f_blz = shown.outputs[0]
+    if guidance != 1:
+        f_blz = guidance * f_blz + (1 - guidance) * shown.outputs[1]
+        assert torch.equal(shown.calls[1][0][target_bl], z_blz[target_bl])
+        assert (shown.calls[1][0][~target_bl] == model.m_z).all()
+    reader = Reader.of(reading, model.denoiser.vocabulary(), model.m_z)
+    for b, timestep in enumerate(TIMESTEP_B.tolist()):
+        log_snr_bl = torch.full((1, LENGTH), model.schedule.levels([timestep])[0].log_snr, dtype=torch.float64)
+        row, here_l = slice(b, b + 1), target_bl[b]
+        scores_bly = reader.scores(f_blz[row], z_blz[row], log_snr_bl)
+        clean_blz = reader.clean(f_blz[row], scores_bly, target_bl[row])
+        torch.testing.assert_close(prediction.scores_bly[b][here_l], scores_bly[0][here_l], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(prediction.clean_blz[b][here_l], clean_blz[0][here_l], rtol=1e-4, atol=1e-5)
 
 
 def test_without_source_nothing_is_known_of_it() -> None:
@@ -125,27 +163,31 @@ def test_sources_are_marked_global_as_in_training() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("index", [[0], [1], [2], [2, 0], [0, 1, 2]])
-def test_rows_can_be_taken_out(index: list[int]) -> None:
+@pytest.mark.parametrize("reading", READINGS)
+def test_rows_can_be_taken_out(reading: Reading, index: list[int]) -> None:
     """With or without their source, and though they have other numbers of global tokens."""
-    model = model_of("attention.num_source_global=3")
+    model = model_of("attention.num_source_global=3", reading=reading)
     rows = GivenRows.of(model, *some_rows())
     z_blz = noise()
     taken = rows.take(torch.tensor(index))
     for whole, part in ((rows, taken), (rows.without_source(), taken.without_source())):
-        expected = whole.predict(z_blz, TIMESTEP_B)[index]
+        expected: Prediction = whole.predict(z_blz, TIMESTEP_B)
         got = part.predict(z_blz[index], TIMESTEP_B[index])
-        for b in range(len(index)):
-            real_l = taken.documents.real_bl[b]
-            torch.testing.assert_close(got[b][real_l], expected[b][real_l], rtol=1e-5, atol=1e-6)
+        here_bl = taken.target_bl
+        for name in ("clean_blz", "scores_bly"):
+            wanted = getattr(expected, name)[index][here_bl]
+            torch.testing.assert_close(getattr(got, name)[here_bl], wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_saved_model_has_the_process_it_was_trained_on() -> None:
     denoiser, m_z = denoiser_of(), torch.ones(DIM)
     config = ModelConfig(
         denoiser=denoiser.config, noise_schedule="cosine", num_timesteps=30, gamma=0.3, document_kind="text",
-        row_length=LENGTH, step=1,
+        row_length=LENGTH, step=1, noise_factor=2.0, estimate="posterior",
     )  # fmt: skip
     model = DiffusionModel.of(SavedModel(config, denoiser, m_z, Path("tokenizer.model")))
     assert model.denoiser is denoiser
     assert torch.equal(model.m_z, m_z)
     assert (model.schedule.name, model.schedule.num_timesteps, model.gamma) == ("cosine", 30, 0.3)
+    assert torch.equal(model.schedule.log_snr_t, NoiseSchedule("cosine", 30, noise_factor=2.0).log_snr_t)
+    assert model.reading == "posterior"

@@ -1,74 +1,132 @@
-"""Readings of a denoiser's output against their definitions, token by token in float64.
+"""Readings of a denoiser's output against their definitions, position by position in float64.
 
 Shapes: b rows, l length, z embedding dimension, v vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
+from mdseq.diffusion import rounding
+from mdseq.diffusion.estimates import READINGS, Reader, Reading, evidence, with_square
 from mdseq.diffusion.schedule import alpha_sigma_of
-from mdseq.evaluate import estimates
-from mdseq.evaluate.estimates import READINGS, CentredVocabulary, Reading, read_estimate
 from mdseq.model.denoiser import Vocabulary
 
 
-def random_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Vocabulary, Tensor]:
-    """f, z_t, lambda, targets, vocabulary and m, of three rows."""
+@dataclass(frozen=True)
+class Case:
+    """Two rows, of which some positions are targets, and some were replaced by m."""
+
+    f_blz: Tensor
+    z_blz: Tensor
+    log_snr_bl: Tensor
+    target_bl: Tensor
+    replaced_bl: Tensor
+    vocabulary: Vocabulary
+    m_z: Tensor
+
+
+def random_case(seed: int) -> Case:
     generator = torch.Generator().manual_seed(seed)
-    f_blz, z_blz = torch.randn(2, 3, 7, 5, generator=generator)
-    log_snr_b = torch.tensor([-3.0, 0.1, 1.4], dtype=torch.float64)
-    target_bl = torch.rand(3, 7, generator=generator) < 0.6
-    vocabulary = Vocabulary(torch.randn(11, 5, generator=generator), torch.randn(11, generator=generator))
-    return f_blz, z_blz, log_snr_b, target_bl, vocabulary, torch.randn(5, generator=generator)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    m_z = normal(5)
+    target_bl, replaced_bl = torch.rand(2, 2, 8, generator=generator) < torch.tensor([0.7, 0.3])[:, None, None]
+    z_blz = torch.where(replaced_bl[..., None], m_z, normal(2, 8, 5))
+    log_snr_bl = torch.rand(2, 8, generator=generator, dtype=torch.float64) * 4 - 2.5
+    return Case(normal(2, 8, 5), z_blz, log_snr_bl, target_bl, replaced_bl, Vocabulary(normal(11, 5), normal(11)), m_z)
 
 
-def by_definition(
-    reading: Reading, f_z: Tensor, z_z: Tensor, log_snr: Tensor, words: Vocabulary, m_z: Tensor
-) -> Tensor:
-    """The estimate of e at one position."""
-    if reading == "output":
-        return f_z
-    embedding_vz = words.embedding_vz.double()
-    log_probability_v = (embedding_vz @ f_z + words.bias_v).log_softmax(dim=0)
+def log_density(case: Case, b: int, i: int) -> Tensor:
+    """log N(z_t; alpha (e - m) + m, sigma^2) of every token's e, or nothing where z_t was replaced: [v]."""
+    if case.replaced_bl[b, i]:
+        return torch.zeros(len(case.vocabulary.bias_v), dtype=torch.float64)
+    alpha, sigma = alpha_sigma_of(case.log_snr_bl[b, i])
+    noisy = torch.distributions.Normal(alpha * (case.vocabulary.embedding_vz.double() - case.m_z) + case.m_z, sigma)
+    return noisy.log_prob(case.z_blz[b, i].double()).sum(dim=-1)
+
+
+def probabilities(case: Case, reading: Reading, b: int, i: int) -> Tensor:
+    """By definition, float64 [v]."""
+    embedding_vz, bias_v = case.vocabulary.embedding_vz.double(), case.vocabulary.bias_v.double()
+    logits_v = embedding_vz @ case.f_blz[b, i].double() + bias_v
     if reading == "posterior":
-        alpha, sigma = alpha_sigma_of(log_snr)
-        noisy = torch.distributions.Normal(alpha * (embedding_vz - m_z) + m_z, sigma)
-        log_probability_v = log_probability_v + noisy.log_prob(z_z).sum(dim=-1)
-    return (log_probability_v.softmax(dim=0)[:, None] * embedding_vz).sum(dim=0)
+        logits_v = logits_v.log_softmax(dim=0) + log_density(case, b, i)
+    return logits_v.softmax(dim=0)
 
 
-@pytest.mark.parametrize("chunk_logits", [1, 40, 2**24])
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("seed", range(3))
-def test_readings_are_what_they_are_said_to_be(
-    monkeypatch: pytest.MonkeyPatch, seed: int, reading: Reading, chunk_logits: int
+def test_scores_give_the_probabilities_of_the_definition(seed: int, reading: Reading) -> None:
+    case = random_case(seed)
+    reader = Reader.of(reading, case.vocabulary, case.m_z)
+    scores_bly = reader.scores(case.f_blz, case.z_blz, case.log_snr_bl)
+    probability_blv = (scores_bly @ reader.scored.embedding_vz.T + reader.scored.bias_v).softmax(dim=-1)
+    assert case.replaced_bl.any()
+    for b, i in torch.cartesian_prod(torch.arange(2), torch.arange(8)).tolist():
+        expected_v = probabilities(case, reading, b, i)
+        assert torch.allclose(probability_blv[b, i].double(), expected_v, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 40, 2**22])
+@pytest.mark.parametrize("reading", READINGS)
+def test_estimates_are_means_under_these_probabilities(
+    monkeypatch: pytest.MonkeyPatch, reading: Reading, chunk_logits: int
 ) -> None:
-    monkeypatch.setattr(estimates, "CHUNK_LOGITS", chunk_logits)
-    f_blz, z_blz, log_snr_b, target_bl, words, m_z = random_case(seed)
-    u_blz, centred = z_blz - m_z, CentredVocabulary.of(words, m_z)
-    estimate_blz = read_estimate(reading, f_blz - m_z, u_blz, log_snr_b, target_bl, centred) + m_z
-    for b, place in target_bl.nonzero().tolist():
-        position = f_blz[b, place].double(), z_blz[b, place].double(), log_snr_b[b]
-        expected_z = by_definition(reading, *position, words, m_z.double())
-        assert torch.allclose(estimate_blz[b, place].double(), expected_z, atol=1e-5)
-
-
-def test_nothing_to_estimate() -> None:
-    f_blz, z_blz, log_snr_b, target_bl, words, m_z = random_case(0)
-    nothing_bl = torch.zeros_like(target_bl)
-    estimate_blz = read_estimate("posterior", f_blz, z_blz, log_snr_b, nothing_bl, CentredVocabulary.of(words, m_z))
-    assert estimate_blz.shape == f_blz.shape
+    monkeypatch.setattr(rounding, "CHUNK_LOGITS", chunk_logits)
+    case = random_case(3)
+    reader = Reader.of(reading, case.vocabulary, case.m_z)
+    clean_blz = reader.clean(case.f_blz, reader.scores(case.f_blz, case.z_blz, case.log_snr_bl), case.target_bl)
+    if reading == "output":
+        assert torch.equal(clean_blz, case.f_blz)
+        return
+    for b, i in case.target_bl.nonzero().tolist():
+        expected_z = probabilities(case, reading, b, i) @ case.vocabulary.embedding_vz.double()
+        assert torch.allclose(clean_blz[b, i].double(), expected_z, atol=1e-5)
+    assert (clean_blz[~case.target_bl] == 0).all()
 
 
 def test_evidence_is_bayes_rule() -> None:
-    _, z_blz, log_snr_b, _, words, m_z = random_case(1)
-    log_snr = log_snr_b[1]
-    x_nz, scored = CentredVocabulary.of(words, m_z).evidence((z_blz - m_z).flatten(0, 1), log_snr.item())
-    log_probability_nv = (x_nz @ scored.embedding_vz.T + scored.bias_v).log_softmax(dim=-1)
-    alpha, sigma = alpha_sigma_of(log_snr)
-    noisy = torch.distributions.Normal(alpha * (words.embedding_vz.double() - m_z) + m_z, sigma)
-    expected_nv = noisy.log_prob(z_blz.flatten(0, 1).double()[:, None]).sum(dim=-1).log_softmax(dim=-1)
-    assert torch.allclose(log_probability_nv.double(), expected_nv, atol=1e-4)
+    """For equally likely tokens: the softmax of the densities."""
+    case = random_case(1)
+    scores_bly = evidence(case.z_blz, case.log_snr_bl, case.m_z)
+    log_probability_blv = (scores_bly @ with_square(case.vocabulary).embedding_vz.T).log_softmax(dim=-1)
+    assert (~case.replaced_bl).any()
+    for b, i in (~case.replaced_bl).nonzero().tolist():
+        expected_v = log_density(case, b, i).log_softmax(dim=0)
+        assert torch.allclose(log_probability_blv[b, i].double(), expected_v, atol=1e-4)
+
+
+def test_a_position_replaced_by_m_is_read_by_its_output_alone() -> None:
+    case = random_case(2)
+    posterior = Reader.of("posterior", case.vocabulary, case.m_z)
+    scores_bly = posterior.scores(case.f_blz, case.m_z.expand_as(case.z_blz), case.log_snr_bl)
+    assert torch.equal(scores_bly[..., :-1], case.f_blz)
+    assert (scores_bly[..., -1] == 0).all()
+
+
+def test_scores_carry_gradients_and_estimates_only_where_they_are_the_output() -> None:
+    case = random_case(0)
+    for reading in READINGS:
+        f_blz = case.f_blz.clone().requires_grad_()
+        reader = Reader.of(reading, case.vocabulary, case.m_z)
+        scores_bly = reader.scores(f_blz, case.z_blz, case.log_snr_bl)
+        (gradient_blz,) = torch.autograd.grad(scores_bly.sum(), f_blz, retain_graph=True)
+        assert (gradient_blz == 1).all()
+        clean_blz = reader.clean(f_blz, scores_bly, case.target_bl)
+        assert clean_blz.requires_grad == (reading == "output")
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_nothing_to_estimate(reading: Reading) -> None:
+    case = random_case(0)
+    reader = Reader.of(reading, case.vocabulary, case.m_z)
+    scores_bly = reader.scores(case.f_blz, case.z_blz, case.log_snr_bl)
+    clean_blz = reader.clean(case.f_blz, scores_bly, torch.zeros_like(case.target_bl))
+    assert clean_blz.shape == case.f_blz.shape

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.diffusion import rounding
-from mdseq.diffusion.rounding import NOT_TARGETS, cross_entropy, likeliest_tokens, nearest_tokens
+from mdseq.diffusion.rounding import NOT_TARGETS, cross_entropy, likeliest_tokens, mean_embedding, nearest_tokens
 from mdseq.model.denoiser import Vocabulary
 
 SMALLEST_VOCABULARY = max(SpecialToken) + 1
@@ -238,6 +238,34 @@ def test_the_end_of_the_text_may_be_generated_and_the_other_special_tokens_not()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Means
+
+
+@every_shape
+def test_the_mean_embedding_is_the_plain_one(
+    num_positions: int, vocab_size: int, dim: int, chunk_logits: int, seed: int
+) -> None:
+    """Of all tokens, even those that are never written; they are scored in another space than they are averaged in."""
+    score_ny, scored, _, _ = random_case(num_positions, vocab_size, dim, seed)
+    embedding_vz = torch.randn(vocab_size, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected_nz = torch.zeros(num_positions, 3, dtype=torch.float64)
+    for n in range(num_positions):
+        weight_v = torch.exp(scored.embedding_vz @ score_ny[n] + scored.bias_v).detach()
+        expected_nz[n] = (weight_v[:, None] * embedding_vz).sum(dim=0) / weight_v.sum()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounding, "CHUNK_LOGITS", chunk_logits)
+        found_nz = mean_embedding(score_ny, scored, embedding_vz)
+    torch.testing.assert_close(found_nz, expected_nz)
+    assert not found_nz.requires_grad
+
+
+def test_the_mean_of_certain_scores_is_an_embedding() -> None:
+    """The largest and the smallest score are too far apart for exp."""
+    scored, embedding_vz = Vocabulary(torch.tensor([[5e3], [-5e3], [0.0]]), torch.zeros(3)), torch.eye(3)
+    assert torch.equal(mean_embedding(torch.tensor([[1.0], [-1.0]]), scored, embedding_vz), embedding_vz[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Memory and products
 
 
@@ -287,7 +315,8 @@ def test_one_chunk_of_logits_is_all_there_ever_is(num_positions: int, monkeypatc
     for sizes in (
         memory_of_loss(cross_entropy, num_positions),
         memory_of_tokens(likeliest_tokens, num_positions),
-        memory_of_tokens(nearest_tokens, num_positions),
+        memory_of_tokens(lambda x_blz, words: nearest_tokens(x_blz, words.embedding_vz), num_positions),
+        memory_of_tokens(lambda x_blz, words: mean_embedding(x_blz[0], words, words.embedding_vz), num_positions),
     ):
         assert sizes[0] == CHUNK_BYTES
         assert sizes[1] <= max(num_positions, 256) * 4 * 4

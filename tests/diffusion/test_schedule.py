@@ -48,6 +48,7 @@ def warmup_decay_betas(num_timesteps: int) -> np.ndarray:
 
 PUBLISHED = {"sqrt": sqrt_betas, "cosine": cosine_betas, "linear": linear_betas, "warmup_decay": warmup_decay_betas}
 SMALL = {name: NoiseSchedule(name, 50) for name in NOISE_SCHEDULES}
+FACTORS = [0.25, 1.0, 3.0]
 
 every_schedule = pytest.mark.parametrize("name", NOISE_SCHEDULES)
 names = st.sampled_from(list(NOISE_SCHEDULES))
@@ -58,7 +59,7 @@ names = st.sampled_from(list(NOISE_SCHEDULES))
 def test_the_betas_are_the_published_ones(name: str, num_timesteps: int) -> None:
     schedule = NoiseSchedule(name, num_timesteps)
     betas = PUBLISHED[name](num_timesteps)
-    np.testing.assert_allclose(schedule.beta_t, betas, rtol=1e-12)
+    np.testing.assert_allclose(NOISE_SCHEDULES[name](num_timesteps), betas, rtol=1e-12)
     np.testing.assert_allclose(schedule.alpha_bar_t, np.cumprod(1 - betas), rtol=1e-9)
 
 
@@ -69,7 +70,7 @@ def test_there_is_no_schedule_that_is_not_compared() -> None:
 def test_diffuseqs_numbers() -> None:
     """beta_0, sigma_0, and the signal that is left after each quarter of the 2000 steps."""
     schedule = NoiseSchedule("sqrt", 2000)
-    assert schedule.beta_t[0].item() == pytest.approx(0.01464, abs=5e-6)
+    assert 1 - schedule.alpha_bar_t[0].item() == pytest.approx(0.01464, abs=5e-6)
     assert schedule.alpha_sigma(torch.tensor(0))[1].item() == pytest.approx(0.121, abs=5e-4)
     for quarter, signal in ((1, 0.504), (2, 0.295), (3, 0.135)):
         assert schedule.alpha_bar_t[quarter * 500].item() == pytest.approx(signal, abs=1e-3)
@@ -81,7 +82,7 @@ def test_diffuseqs_schedule_in_closed_form() -> None:
     t = torch.arange(1999, dtype=torch.float64)
     expected = (1 - ((t + 1) / 2000 + 1e-4).sqrt()) / 0.99
     torch.testing.assert_close(schedule.alpha_bar_t[:-1], expected, rtol=1e-10, atol=0)
-    assert schedule.beta_t[-1] == 0.999
+    assert schedule.alpha_bar_t[-1].item() == pytest.approx(0.001 * expected[-1].item(), rel=1e-9)
 
 
 @every_schedule
@@ -91,9 +92,10 @@ def test_noise_grows_with_every_timestep_however_few_there_are(name: str) -> Non
 
 
 @every_schedule
-def test_whole_timesteps_have_exactly_the_tables_values(name: str) -> None:
+@pytest.mark.parametrize("factor", FACTORS)
+def test_whole_timesteps_have_exactly_the_tables_values(name: str, factor: float) -> None:
     for num_timesteps in (2, 7, 2000):
-        schedule = NoiseSchedule(name, num_timesteps)
+        schedule = NoiseSchedule(name, num_timesteps, factor)
         timestep_t = torch.arange(num_timesteps)
         abar_t = schedule.alpha_bar_t
         assert torch.equal(schedule.log_snr(timestep_t), schedule.log_snr_t)
@@ -113,18 +115,38 @@ def test_less_time_is_less_noise_between_timesteps_too(name: str, one: float, ot
     assert table_t[below] >= log_snr[0].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
-@given(names, st.floats(0, 49))
-def test_a_timestep_comes_back_from_its_log_snr(name: str, timestep: float) -> None:
-    schedule = SMALL[name]
+@given(names, st.floats(0, 49), st.floats(0.01, 100))
+def test_a_timestep_comes_back_from_its_log_snr(name: str, timestep: float, factor: float) -> None:
+    schedule = NoiseSchedule(name, 50, factor)
     back = schedule.timestep_of(schedule.log_snr(torch.tensor(timestep, dtype=torch.float64)))
     assert back.item() == pytest.approx(timestep, abs=1e-11)
 
 
-@given(names, st.floats(0, 1))
-def test_a_log_snr_comes_back_from_its_timestep(name: str, share: float) -> None:
-    schedule = SMALL[name]
+@given(names, st.floats(0, 1), st.floats(0.01, 100))
+def test_a_log_snr_comes_back_from_its_timestep(name: str, share: float, factor: float) -> None:
+    schedule = NoiseSchedule(name, 50, factor)
     log_snr = torch.lerp(schedule.log_snr_t[0], schedule.log_snr_t[-1], share)
     assert schedule.log_snr(schedule.timestep_of(log_snr)).item() == pytest.approx(log_snr.item(), abs=1e-11)
+
+
+@every_schedule
+@pytest.mark.parametrize("factor", FACTORS)
+def test_a_noise_factor_is_noise_so_many_times_as_strong(name: str, factor: float) -> None:
+    """z_t = alpha_t z_0 + factor sigma_t eps, scaled back to unit variance, at every timestep and between."""
+    plain, strong = NoiseSchedule(name, 50), NoiseSchedule(name, 50, factor)
+    timestep_n = torch.linspace(0, 49, 200, dtype=torch.float64)
+    signal_n, noise_n = alpha_sigma_of(plain.log_snr(timestep_n))
+    noise_n = factor * noise_n
+    scale_n = (signal_n.square() + noise_n.square()).sqrt()
+    alpha_n, sigma_n = alpha_sigma_of(strong.log_snr(timestep_n))
+    torch.testing.assert_close(alpha_n, signal_n / scale_n, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(sigma_n, noise_n / scale_n, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(strong.log_snr_t, plain.log_snr_t - math.log(factor), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(strong.alpha_bar_t, alpha_sigma_of(strong.log_snr_t)[0].square(), rtol=1e-12, atol=0)
+
+
+def test_a_noise_factor_of_one_changes_nothing() -> None:
+    assert torch.equal(NoiseSchedule("sqrt", 50).log_snr_t, NoiseSchedule("sqrt", 50, 1.0).log_snr_t)
 
 
 @every_schedule
@@ -149,7 +171,8 @@ def test_alpha_and_sigma_are_the_tables(name: str) -> None:
     schedule = NoiseSchedule(name, 2000)
     alpha_t, sigma_t = alpha_sigma_of(schedule.log_snr_t)
     torch.testing.assert_close(alpha_t.square(), schedule.alpha_bar_t, rtol=1e-12, atol=0)
-    torch.testing.assert_close(sigma_t.square(), 1 - schedule.alpha_bar_t, rtol=1e-12, atol=0)
+    torch.testing.assert_close(sigma_t.square() + schedule.alpha_bar_t, torch.ones_like(sigma_t), rtol=4e-16, atol=0)
+    torch.testing.assert_close(alpha_t / sigma_t, schedule.log_snr_t.exp(), rtol=1e-12, atol=0)
 
 
 def test_levels_are_timesteps_in_numbers() -> None:

@@ -19,12 +19,13 @@ every_grid = pytest.mark.parametrize("name", TIME_GRIDS)
     st.sampled_from(list(TIME_GRIDS)),
     st.sampled_from(list(NOISE_SCHEDULES)),
     st.integers(2, 60),
+    st.sampled_from([0.25, 1.0, 4.0]),
     st.integers(2, 200),
 )
 def test_a_grid_falls_from_the_last_timestep_to_the_first(
-    name: str, schedule: str, num_timesteps: int, num_points: int
+    name: str, schedule: str, num_timesteps: int, noise_factor: float, num_points: int
 ) -> None:
-    grid = time_grid(name, NoiseSchedule(schedule, num_timesteps), num_points)
+    grid = time_grid(name, NoiseSchedule(schedule, num_timesteps, noise_factor), num_points)
     assert (len(grid), grid[0], grid[-1]) == (num_points, num_timesteps - 1, 0)
     assert grid == sorted(set(grid), reverse=True)
 

@@ -1,4 +1,4 @@
-"""Timesteps are drawn by importance, and the expected loss does not notice."""
+"""Timesteps are drawn by importance and spread over the batch, and the expected loss does not notice."""
 
 from __future__ import annotations
 
@@ -7,15 +7,35 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mdseq.diffusion.timesteps import HISTORY, UNIFORM_SHARE, TimestepSampler
 from mdseq.noise import NoiseKey
+from mdseq.spec import DiffusionSpec
 
 T = 6
+BOTH = pytest.mark.parametrize("stratified", [False, True])
 
 
-def key_of(rows: int, step: int = 0, seed: int = 0) -> NoiseKey:
-    return NoiseKey(seed, step, torch.arange(rows))
+def sampler_of(
+    num_timesteps: int = T, loss_aware: bool = True, stratified: bool = False, continuous_time: bool = False
+) -> TimestepSampler:
+    return TimestepSampler(
+        DiffusionSpec(
+            num_timesteps=num_timesteps,
+            timestep_sampling="loss_aware" if loss_aware else "uniform",
+            stratified=stratified,
+            continuous_time=continuous_time,
+        )
+    )
+
+
+def draw(
+    sampler: TimestepSampler, rows: int, num_documents: int = 1, step: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Timesteps and weights of a global batch of rows of equally many documents."""
+    key = NoiseKey(seed, step, torch.arange(rows))
+    return sampler.draw(key, num_documents, torch.arange(rows) * num_documents, rows * num_documents)
 
 
 def record(sampler: TimestepSampler, timesteps: list[int], losses: list[float]) -> None:
@@ -26,38 +46,42 @@ def record(sampler: TimestepSampler, timesteps: list[int], losses: list[float]) 
     sampler.end_step()
 
 
-def warm_sampler(losses: list[float]) -> TimestepSampler:
-    sampler = TimestepSampler(len(losses), loss_aware=True)
+def warm_sampler(losses: list[float], stratified: bool = False, continuous_time: bool = False) -> TimestepSampler:
+    """One that has seen these losses, and nothing else, at each timestep."""
+    sampler = sampler_of(len(losses), True, stratified)
     for _ in range(HISTORY):
         record(sampler, list(range(len(losses))), losses)
+    sampler.continuous_time = continuous_time
     return sampler
 
 
 def share_of_draws(sampler: TimestepSampler, rows: int = 20_000) -> np.ndarray:
-    timesteps, _ = sampler.draw(key_of(rows), 1)
+    timesteps, _ = draw(sampler, rows)
+    assert torch.equal(timesteps, timesteps.round()), "whole"
     assert 0 <= timesteps.min() <= timesteps.max() < sampler.num_timesteps
-    return np.bincount(timesteps.flatten(), minlength=sampler.num_timesteps) / rows
+    return np.bincount(timesteps.flatten().long(), minlength=sampler.num_timesteps) / rows
 
 
+@BOTH
 @pytest.mark.parametrize("loss_aware", [False, True])
-def test_uniform_without_history(loss_aware: bool) -> None:
-    sampler = TimestepSampler(T, loss_aware)
-    assert share_of_draws(sampler) == pytest.approx(np.full(T, 1 / T), abs=0.015)
-    timesteps, weights = sampler.draw(key_of(5), 3)
-    assert (timesteps.shape, timesteps.dtype) == ((5, 3), torch.int64)
+def test_uniform_without_history(loss_aware: bool, stratified: bool) -> None:
+    sampler = sampler_of(T, loss_aware, stratified)
+    assert share_of_draws(sampler) == pytest.approx(np.full(T, 1 / T), abs=1e-3 if stratified else 0.015)
+    timesteps, weights = draw(sampler, 5, 3)
+    assert (timesteps.shape, timesteps.dtype) == ((5, 3), torch.float64)
     assert (weights.shape, weights.dtype) == ((5, 3), torch.float32)
     torch.testing.assert_close(weights, torch.ones(5, 3))
 
 
 def test_uniform_sampling_keeps_no_history() -> None:
-    sampler = TimestepSampler(T, loss_aware=False)
+    sampler = sampler_of(loss_aware=False)
     record(sampler, [1], [3.0])
     assert sampler.tally.numel() == 0
     assert all(value.numel() == 0 for value in sampler.state_dict().values())
 
 
 def test_uniform_until_every_timestep_has_a_full_history() -> None:
-    sampler = TimestepSampler(T, loss_aware=True)
+    sampler = sampler_of()
     for _ in range(HISTORY + 5):
         record(sampler, list(range(T - 1)), [10.0, *[1.0] * (T - 2)])
     for _ in range(HISTORY - 1):
@@ -77,7 +101,7 @@ def test_importance_is_the_root_mean_square_of_the_losses_mixed_with_uniform() -
 
 
 def test_a_root_mean_square_is_not_a_mean() -> None:
-    sampler = TimestepSampler(2, loss_aware=True)
+    sampler = sampler_of(2)
     for step in range(HISTORY):
         record(sampler, [0, 1], [2.0, 2.0 * 2**0.5 * (step % 2)])
     assert sampler.probabilities().tolist() == pytest.approx([0.5, 0.5])
@@ -92,8 +116,8 @@ def test_the_weights_leave_the_expected_loss_unchanged(losses: list[float]) -> N
     """sum_t p_t w_t L_t = mean_t L_t, for any losses L and whatever the history says."""
     sampler = warm_sampler(losses)
     probability = sampler.probabilities()
-    timesteps, weights = sampler.draw(key_of(200), 2)
-    torch.testing.assert_close(weights.double(), 1 / (len(losses) * probability[timesteps]), rtol=1e-6, atol=0)
+    timesteps, weights = draw(sampler, 200, 2)
+    torch.testing.assert_close(weights.double(), 1 / (len(losses) * probability[timesteps.long()]), rtol=1e-6, atol=0)
     weight_t = 1 / (len(losses) * probability)
     generator = torch.Generator().manual_seed(len(losses))
     other_losses = torch.rand(len(losses), generator=generator, dtype=torch.float64)
@@ -122,16 +146,16 @@ class SlowHistory:
 
 
 steps = st.lists(
-    st.lists(st.tuples(st.integers(0, T - 1), st.floats(0.125, 8, width=32)), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(0, T - 1), st.floats(0.125, 8, width=32)), min_size=1, max_size=8),
     min_size=1,
-    max_size=60,
+    max_size=25,
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(steps, st.booleans())
 def test_history_against_a_slow_one(steps: list[list[tuple[int, float]]], warm_start: bool) -> None:
-    sampler, slow = TimestepSampler(T, loss_aware=True), SlowHistory()
+    sampler, slow = sampler_of(), SlowHistory()
     if warm_start:
         steps = [[(t, 1.0 + t) for t in range(T)]] * HISTORY + steps
     for step in steps:
@@ -146,7 +170,7 @@ def test_history_against_a_slow_one(steps: list[list[tuple[int, float]]], warm_s
 
 def test_micro_batches_and_ranks_only_add_to_the_tally() -> None:
     """Two records and one sum of tallies are one record of everything."""
-    whole, first, second = (TimestepSampler(T, loss_aware=True) for _ in range(3))
+    whole, first, second = (sampler_of() for _ in range(3))
     timesteps, losses = torch.tensor([[0, 1], [1, 5]]), torch.tensor([[1.0, 2.0], [4.0, 3.0]])
     counted = torch.ones(2, 2, dtype=torch.bool)
     whole.record(timesteps, losses, counted)
@@ -160,7 +184,7 @@ def test_micro_batches_and_ranks_only_add_to_the_tally() -> None:
 
 
 def test_documents_that_do_not_count_leave_no_trace() -> None:
-    sampler = TimestepSampler(T, loss_aware=True)
+    sampler = sampler_of()
     sampler.record(torch.tensor([[1, 2]]), torch.tensor([[3.0, 9.0]]), torch.tensor([[True, False]]))
     sampler.end_step()
     assert sampler.num_seen_t.tolist() == [0, 1, 0, 0, 0, 0]
@@ -168,10 +192,10 @@ def test_documents_that_do_not_count_leave_no_trace() -> None:
 
 
 def test_state_round_trip() -> None:
-    sampler = TimestepSampler(T, loss_aware=True)
+    sampler = sampler_of()
     for step in range(25):
         record(sampler, [step % T, (step * 5) % T], [step + 0.5, 1.0])
-    again = TimestepSampler(T, loss_aware=True)
+    again = sampler_of()
     again.load_state_dict({name: value.clone() for name, value in sampler.state_dict().items()})
     for each in (sampler, again):
         record(each, [0, 3], [2.0, 7.0])
@@ -181,13 +205,13 @@ def test_state_round_trip() -> None:
 
 @pytest.mark.parametrize("loss_aware", [False, True])
 def test_draws_depend_on_the_key_alone(loss_aware: bool) -> None:
-    sampler = warm_sampler([3.0, 1.0, 2.0]) if loss_aware else TimestepSampler(50, loss_aware=False)
-    timesteps, weights = sampler.draw(key_of(8), 3)
-    sampler.draw(key_of(100, step=9), 2)  # nothing is consumed
-    again, weights_again = sampler.draw(key_of(8), 5)
+    sampler = warm_sampler([3.0, 1.0, 2.0]) if loss_aware else sampler_of(50, loss_aware=False)
+    timesteps, weights = draw(sampler, 8, 3)
+    draw(sampler, 100, 2, step=9)  # nothing is consumed
+    again, weights_again = draw(sampler, 8, 5)
     assert torch.equal(again[:, :3], timesteps)
     assert torch.equal(weights_again[:, :3], weights)
-    alone, _ = sampler.draw(NoiseKey(0, 0, torch.tensor([6])), 3)
+    alone, _ = sampler.draw(NoiseKey(0, 0, torch.tensor([6])), 3, torch.tensor([18]), 24)
     assert torch.equal(alone[0], timesteps[6])
-    assert not torch.equal(sampler.draw(key_of(8, step=1), 3)[0], timesteps)
-    assert not torch.equal(sampler.draw(key_of(8, seed=1), 3)[0], timesteps)
+    assert not torch.equal(draw(sampler, 8, 3, step=1)[0], timesteps)
+    assert not torch.equal(draw(sampler, 8, 3, seed=1)[0], timesteps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +20,12 @@ from torch import Tensor
 from mdseq.cli import evaluate
 from mdseq.data.corpus import Corpus
 from mdseq.data.tokenizer import Tokenizer
-from mdseq.diffusion.bound import LevelDensity, RowDraws, bound_terms
+from mdseq.diffusion.bound import DiffusedRows, LevelDensity, RowDraws, bound_terms
 from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.estimates import READINGS, Reader, Reading
 from mdseq.diffusion.schedule import NoiseSchedule, alpha_sigma_of
 from mdseq.errors import UserError
 from mdseq.evaluate import likelihood
-from mdseq.evaluate.estimates import READINGS, Reading
 from mdseq.evaluate.likelihood import Likelihood, LikelihoodOptions, Scorer, diffused_rows, ratio_of_sums
 from mdseq.evaluate.rows import ScoredRows
 from mdseq.model.denoiser import Denoiser, DenoiserConfig, Vocabulary
@@ -38,12 +37,13 @@ ROW_LENGTH = 64
 OPTIONS = LikelihoodOptions(num_documents=6, num_levels=4)
 
 
-def saved_model(folder: Path, data: Path, kind: str, *overrides: str) -> Path:
+def saved_model(folder: Path, data: Path, kind: str, *overrides: str, reading: Reading = "output") -> Path:
     """A model of random weights, with the vocabulary of a dataset."""
     tiny = [
         "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
         "attention.window=3", "attention.num_global=2", "attention.num_source_global=2",
         "experts.num_experts=4", "experts.feedforward_dim=8",
+        "diffusion.normalise_embeddings=false", "diffusion.self_conditioning=0",
     ]  # fmt: skip
     torch.manual_seed(0)
     vocab_size = Tokenizer.load(data / "tokenizer.model").vocab_size
@@ -52,7 +52,7 @@ def saved_model(folder: Path, data: Path, kind: str, *overrides: str) -> Path:
     weights = [(f"denoiser.{name}", weight) for name, weight in denoiser.named_parameters()]
     model = ModelConfig(
         denoiser=config, noise_schedule="sqrt", num_timesteps=100, gamma=0.5, document_kind=kind,
-        row_length=ROW_LENGTH, step=7,
+        row_length=ROW_LENGTH, step=7, estimate=reading,
     )  # fmt: skip
     save_model(folder, model, [*weights, ("absorbing.m", torch.full((8,), 0.3))], data / "tokenizer.model")
     return folder
@@ -168,10 +168,10 @@ def test_the_best_denoiser_of_even_tokens_reaches_their_entropy(reading: Reading
     generator = torch.Generator().manual_seed(0)
     centred_vz = length * torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=-1)
     m_z, schedule = torch.full((16,), 0.4), NoiseSchedule("sqrt", 500)
-    model = DiffusionModel(BestDenoiser(reading, centred_vz, m_z, schedule), m_z, schedule, gamma=0.5)
+    model = DiffusionModel(BestDenoiser(reading, centred_vz, m_z, schedule), m_z, schedule, 0.5, reading)
     tokens_bl = torch.randint(40, (256, 20), generator=generator)
     target_bl = torch.arange(20).expand(256, -1) >= 4
-    rows = diffused_rows(model, tokens_bl, target_bl, Documents.whole(torch.full((256,), 20), 20), reading)
+    rows = diffused_rows(model, tokens_bl, target_bl, Documents.whole(torch.full((256,), 20), 20))
     row_b = torch.arange(256)
     density = LevelDensity.even(rows.noisiest, rows.cleanest, 32)
     terms = bound_terms(rows, RowDraws(0, 0, row_b, row_b, torch.zeros_like(row_b)), density, 32)
@@ -202,23 +202,67 @@ def test_the_seed_decides(text_run: Path, text_dataset: Path) -> None:
     assert other.prior == first.prior
 
 
-def test_self_conditioning_takes_two_passes(pair_run: Path, pair_dataset: Path) -> None:
-    """The second is given what the first predicted at the same level of noise."""
+@pytest.mark.parametrize("reading", READINGS)
+def test_self_conditioning_takes_two_passes(pair_run: Path, pair_dataset: Path, reading: Reading) -> None:
+    """The second is given what the first, as it is read, predicted at the same level of noise."""
     saved = load_model(pair_run)
-    calls: list[tuple[Tensor | None, Tensor]] = []
+    calls: list[tuple[Tensor, ...]] = []
 
-    def watch(module: Denoiser, inputs: Sequence[object], output: Tensor) -> None:
-        calls.append((inputs[3], output))
+    def watch(module: Denoiser, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls.append((*inputs, output))
 
     saved.denoiser.register_forward_hook(watch)
-    options = LikelihoodOptions(num_documents=1, num_levels=3)
-    Scorer.of(saved, pair_dataset, "train", options).score()
+    scorer = Scorer.of(saved, pair_dataset, "train", LikelihoodOptions(1, reading, num_levels=3))
+    scorer.score()
     assert len(calls) % 2 == 0
-    for (before, first), (given, _) in zip(calls[::2], calls[1::2], strict=True):
+    reader, schedule = Reader.of(reading, saved.denoiser.vocabulary(), saved.m_z), scorer.model.schedule
+    for (z_blz, time_bl, _, before, first_blz), (same_blz, _, _, given_blz, _) in zip(
+        calls[::2], calls[1::2], strict=True
+    ):
         assert before is None
-        target_bl1 = given.any(dim=-1, keepdim=True)
-        assert target_bl1.any()
-        assert torch.equal(given, first * target_bl1)
+        assert torch.equal(same_blz, z_blz)
+        target_bl = given_blz.any(dim=-1)
+        assert target_bl.any()
+        log_snr_bl = schedule.log_snr(time_bl.double() * schedule.num_timesteps / 1000)
+        expected_blz = reader.clean(first_blz, reader.scores(first_blz, z_blz, log_snr_bl), target_bl)
+        torch.testing.assert_close(given_blz, expected_blz * target_bl[..., None], rtol=1e-3, atol=1e-3)
+
+
+def test_by_default_the_output_is_taken_for_what_the_model_was_trained_as(
+    text_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = saved_model(tmp_path / "model", text_dataset, "text", reading="posterior")
+    nats = {
+        reading: score(run, text_dataset, replace(OPTIONS, num_documents=2, reading=reading)).nats_per_token.value
+        for reading in (None, *READINGS)
+    }
+    assert nats[None] == nats["posterior"]
+    assert len({nats[reading] for reading in READINGS}) == 3
+    run_command(run, "--data", text_dataset, "--split", "train", "--documents", 1, "--samples", 1,
+                "--output", tmp_path / "found.json")  # fmt: skip
+    assert json.loads((tmp_path / "found.json").read_text())["estimate"] == "posterior"
+
+
+@pytest.mark.parametrize("kind", ["text", "pair"])
+def test_rows_are_laid_out_as_in_training(
+    request: pytest.FixtureRequest, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target of a pair counts its positions from 1 again; a text, or a stretch of one, counts on."""
+    run, data = request.getfixturevalue(f"{kind}_run"), request.getfixturevalue(f"{kind}_dataset")
+    seen: list[tuple[Tensor, Documents]] = []
+
+    def watched(model: DiffusionModel, tokens_bl: Tensor, target_bl: Tensor, documents: Documents) -> DiffusedRows:
+        seen.append((target_bl, documents))
+        return diffused_rows(model, tokens_bl, target_bl, documents)
+
+    monkeypatch.setattr(likelihood, "diffused_rows", watched)
+    score(run, data, replace(OPTIONS, num_levels=1))
+    for target_bl, documents in seen:
+        for target_l, position_l, real_l in zip(target_bl, documents.position_bl, documents.real_bl, strict=True):
+            num_given, num_targets = int((real_l & ~target_l).sum()), int(target_l.sum())
+            first = 1 if kind == "pair" else num_given
+            expected = [*range(num_given), *range(first, first + num_targets)]
+            assert position_l[real_l].tolist() == expected
 
 
 def test_some_documents_are_spread_over_the_split(text_run: Path, text_dataset: Path) -> None:

@@ -11,6 +11,7 @@ from mdseq.data.format import Kind
 from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.estimates import Reading
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.generate.text import TextGenerator
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
@@ -21,16 +22,21 @@ ROW_LENGTH, GAMMA, NUM_TIMESTEPS = 64, 0.5, 30
 OVERRIDES = [
     "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
     "attention.window=3", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=8",
+    "diffusion.normalise_embeddings=false", "diffusion.self_conditioning=0",
 ]  # fmt: skip
 
 
 def tiny_denoiser(vocab_size: int) -> Denoiser:
     torch.manual_seed(0)
-    return Denoiser(DenoiserConfig.of(load_spec(None, OVERRIDES).spec, vocab_size)).eval()
+    denoiser = Denoiser(DenoiserConfig.of(load_spec(None, OVERRIDES).spec, vocab_size)).eval()
+    with torch.no_grad():
+        denoiser.output[-1].weight.mul_(100)  # nothing is learned, but something is said
+    return denoiser
 
 
-def tiny_model(vocab_size: int) -> DiffusionModel:
-    return DiffusionModel(tiny_denoiser(vocab_size), torch.full((8,), 0.5), NoiseSchedule("sqrt", NUM_TIMESTEPS), GAMMA)
+def tiny_model(vocab_size: int, reading: Reading = "output") -> DiffusionModel:
+    m_z, schedule = torch.full((8,), 0.5), NoiseSchedule("sqrt", NUM_TIMESTEPS)
+    return DiffusionModel(tiny_denoiser(vocab_size), m_z, schedule, GAMMA, reading)
 
 
 def tiny_generator(
@@ -39,7 +45,9 @@ def tiny_generator(
     return TextGenerator(tiny_model(tokenizer.vocab_size), tokenizer, kind, row_length, lengths)
 
 
-def save_tiny_model(folder: Path, dataset: Path, step: int = 7, condition_dropout: float = 0.0) -> Path:
+def save_tiny_model(
+    folder: Path, dataset: Path, step: int = 7, condition_dropout: float = 0.0, reading: Reading = "output"
+) -> Path:
     """A model folder for the documents of a dataset."""
     corpus = Corpus.open(dataset, "train")
     model = tiny_model(corpus.manifest.vocab_size)
@@ -53,6 +61,7 @@ def save_tiny_model(folder: Path, dataset: Path, step: int = 7, condition_dropou
         step=step,
         condition_dropout=condition_dropout,
         lengths=LengthTable.of(corpus).to_dict(),
+        estimate=reading,
     )
     weights = {f"denoiser.{name}": weight for name, weight in model.denoiser.state_dict().items()}
     save_model(folder, config, [*weights.items(), ("absorbing.m", model.m_z)], dataset / "tokenizer.model")

@@ -19,9 +19,9 @@ OPTIONS = SamplerOptions(num_calls=2, seed=3)
 MODEL = tiny_model(VOCAB)
 
 
-def draft(num_front: int, length: int, blocks: Blocks, sample_id: int = 0, keeps_front: bool = False) -> Draft:
+def draft(num_front: int, length: int, blocks: Blocks, sample_id: int = 0, is_pair: bool = False) -> Draft:
     front_l = np.concatenate([[SpecialToken.BOS], np.arange(num_front - 1) % 20 + 5])
-    return Draft(front_l, length, sample_id, keeps_front, blocks)
+    return Draft(front_l, length, sample_id, is_pair, blocks)
 
 
 def written(*parts: np.ndarray) -> list[int]:
@@ -80,6 +80,7 @@ def test_rows_hold_what_came_before_and_never_more_than_context_and_block(faked)
     for row, new_l in zip(fake.rows, blocks, strict=True):
         given = row.tokens_l[~row.target_l].tolist()
         assert given == [*text.front_l.tolist(), *so_far[-9:]]  # the front stays: 3 of 12 tokens
+        assert row.source_length == 0  # of a text, nothing is beside it
         assert len(row) <= 20
         assert row.target_l[len(given) :].all()
         so_far += new_l.tolist()
@@ -97,11 +98,12 @@ def test_a_front_of_more_than_half_the_context_slides_out_of_sight(faked) -> Non
 
 def test_the_source_of_a_pair_stays_whole(faked) -> None:
     fake = faked()
-    text = draft(40, 20, Blocks(block=8, context=12, whole=0), keeps_front=True)
+    text = draft(40, 20, Blocks(block=8, context=12, whole=0), is_pair=True)
     list(write_blocks(MODEL, [text], OPTIONS))
     for row, so_far in zip(fake.rows, (0, 8, 16), strict=True):
         given = row.tokens_l[~row.target_l].tolist()
         assert given == [*text.front_l.tolist(), *range(100 + max(0, so_far - 6), 100 + so_far)]
+        assert row.source_length == 40
 
 
 def test_the_end_of_the_text_ends_it(faked) -> None:
@@ -135,7 +137,7 @@ def test_texts_side_by_side_are_those_of_one_at_a_time() -> None:
 def test_a_single_block_is_the_row_in_one_piece() -> None:
     text = draft(3, 20, Blocks(block=20, context=10, whole=0))
     ((new_l,),) = write_blocks(MODEL, [text], OPTIONS)
-    (whole_l,) = fill(MODEL, [Row.of([text.front_l, 20], 0)], OPTIONS)
+    (whole_l,) = fill(MODEL, [Row.of([text.front_l, 20], 0, 0)], OPTIONS)
     assert until_end(whole_l[3:])[0].tolist() == new_l.tolist()
 
 

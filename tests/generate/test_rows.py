@@ -17,10 +17,10 @@ GIVEN = np.array([SpecialToken.BOS, 7, 8, 9])
 
 
 def test_a_row_of_parts() -> None:
-    row = Row.of([GIVEN, 3, np.array([11]), 1], sample_id=5)
+    row = Row.of([GIVEN, 3, np.array([11]), 1], sample_id=5, source_length=2)
     assert row.tokens_l.tolist() == [SpecialToken.BOS, 7, 8, 9, 0, 0, 0, 11, 0]
     assert row.target_l.nonzero()[0].tolist() == [4, 5, 6, 8]
-    assert (len(row), row.sample_id) == (9, 5)
+    assert (len(row), row.sample_id, row.source_length) == (9, 5, 2)
 
 
 def test_what_the_sampler_gets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_what_the_sampler_gets(monkeypatch: pytest.MonkeyPatch) -> None:
         return Samples(tokens_bl + 1, torch.zeros_like(sample_b))
 
     monkeypatch.setattr(rows_module, "sample", fake)
-    rows = [Row.of([GIVEN, 3], 5), Row.of([GIVEN[:2], 2, GIVEN[1:]], 9)]
+    rows = [Row.of([GIVEN, 3], 5, 0), Row.of([GIVEN[:2], 2, GIVEN[1:]], 9, 2)]
     filled = fill(tiny_model(VOCAB), rows, SamplerOptions())
     ((tokens_bl, target_bl, documents, sample_b, observe),) = calls
     for b, row in enumerate(rows):
@@ -40,14 +40,14 @@ def test_what_the_sampler_gets(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (tokens_bl[b, len(row) :] == SpecialToken.PAD).all()
         assert not target_bl[b, len(row) :].any()
         assert documents.real_bl[b].sum() == len(row)
-        assert documents.position_bl[b, : len(row)].tolist() == list(range(len(row)))
         assert filled[b].tolist() == (row.tokens_l + 1).tolist()
+    assert documents.position_bl.tolist() == [[0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 2, 3, 4, 5]]
     assert sample_b.tolist() == [5, 9]
     assert observe is None
 
 
 def test_given_tokens_are_kept_and_gaps_are_filled() -> None:
-    row = Row.of([GIVEN, 5, GIVEN[1:], 2, GIVEN[1:]], 0)
+    row = Row.of([GIVEN, 5, GIVEN[1:], 2, GIVEN[1:]], 0, 0)
     (tokens_l,) = fill(tiny_model(VOCAB), [row], SamplerOptions(num_calls=3))
     assert (tokens_l[~row.target_l] == row.tokens_l[~row.target_l]).all()
     assert not np.isin(tokens_l[row.target_l], [SpecialToken.PAD, SpecialToken.BOS, SpecialToken.SEP]).any()

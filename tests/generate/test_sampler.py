@@ -1,6 +1,9 @@
 """Sampling fills targets and nothing else, and a sample does not know its batch.
 
-`slow_sample` writes one row's sampling out in embeddings (z, not u), with every option, and all else is held to it.
+`slow_sample` writes one row's sampling out in embeddings (z, not u), with every reading of the denoiser's output and
+every option, and all else is held to it.
+
+Shapes: b rows, l length, z embedding dimension, v vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.estimates import READINGS, Reading
 from mdseq.diffusion.rounding import NOT_TARGETS, likeliest_tokens, nearest_tokens
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.diffusion.solvers import SOLVERS
@@ -59,18 +63,20 @@ def model_of(*overrides: str) -> DiffusionModel:
     tiny = [
         "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
         "attention.window=3", "attention.num_global=2", "experts.num_experts=4", "experts.feedforward_dim=8",
+        "diffusion.normalise_embeddings=false",
     ]  # fmt: skip
     torch.manual_seed(0)
     denoiser = Settling(DenoiserConfig.of(load_spec(None, [*tiny, *overrides]).spec, VOCAB)).eval()
     with torch.no_grad():
         denoiser.embedding.weight.mul_(2)
+        denoiser.output[-1].weight.mul_(100)  # nothing is learned, but something is said
         denoiser.head.bias.copy_(-denoiser.embedding.weight.square().sum(dim=1) / 2)  # the likeliest is the nearest
-    return DiffusionModel(denoiser, M, SCHEDULE, gamma=0.5)
+    return DiffusionModel(denoiser, M, SCHEDULE, gamma=0.5, reading="output")
 
 
 @pytest.fixture(scope="module")
 def model() -> DiffusionModel:
-    return model_of()
+    return model_of("diffusion.self_conditioning=0")
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +132,27 @@ class Shown:
             hook.remove()
 
 
+def slow_read(model: DiffusionModel, f_blz: Tensor, z_blz: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """An output by the definition of its reading: the estimate [b, l, z], and the logits of its tokens [b, l, v]."""
+    words = model.denoiser.vocabulary()
+    logits_blv = f_blz @ words.embedding_vz.T + words.bias_v
+    if model.reading == "posterior":
+        level = model.schedule.levels([t])[0]
+        mean_vz = level.alpha * (words.embedding_vz - M).double() + M
+        noisy = torch.distributions.Normal(mean_vz, level.sigma)
+        absorbed_bl1 = (z_blz == M).all(dim=-1, keepdim=True)
+        evidence_blv = noisy.log_prob(z_blz[..., None, :].double()).sum(dim=-1).masked_fill(absorbed_bl1, 0.0)
+        logits_blv = logits_blv + evidence_blv
+    mean_blz = logits_blv.softmax(dim=-1).float() @ words.embedding_vz
+    return (f_blz if model.reading == "output" else mean_blz), logits_blv
+
+
 @torch.no_grad()
-def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> list[Tensor]:
-    """The tokens of one row at each call, by DDIM or DDPM as their papers have them, shifted by m."""
+def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> list[tuple[Tensor, Tensor]]:
+    """A row's tokens and their probabilities at each call, by DDIM or DDPM as their papers have them, shifted by m."""
     tokens_bl, target_bl, length_b = (x[[row]] for x in some_rows())
     schedule, denoiser = model.schedule, model.denoiser
-    words = denoiser.vocabulary().embedding_vz
+    words, bias_v = denoiser.vocabulary().embedding_vz, denoiser.vocabulary().bias_v
     source_bl1, documents = ~target_bl[..., None], Documents.whole(length_b, LENGTH)
     grid = time_grid(options.time_grid, schedule, options.num_calls)
     log_snr = schedule.log_snr(torch.tensor(grid, dtype=torch.float64)).tolist()
@@ -141,23 +162,28 @@ def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> lis
     def key(step: int) -> NoiseKey:
         return NoiseKey(options.seed, step, torch.tensor([row]))
 
-    z = M + key(0).normal(Purpose.STARTING, LENGTH, DIM)
+    z = M + options.temperature * key(0).normal(Purpose.STARTING, LENGTH, DIM)
     x, rounded = None, []
     for i, t in enumerate(grid):
         earlier = None if x is None or not denoiser.config.self_conditioning else x.masked_fill(source_bl1, 0.0)
         time_bl = torch.where(target_bl, t * 1000 / T, 0.0)
-        x = denoiser(torch.where(source_bl1, denoiser.embed(tokens_bl), z), time_bl, documents, earlier)
+        f = denoiser(torch.where(source_bl1, denoiser.embed(tokens_bl), z), time_bl, documents, earlier)
         if options.guidance != 1:
             time_bl = torch.where(target_bl, t * 1000 / T, (T - 1) * 1000 / T)
             free = denoiser(torch.where(source_bl1, M, z), time_bl, documents, earlier)
-            x = (1 - options.guidance) * free + options.guidance * x
+            f = (1 - options.guidance) * free + options.guidance * f
+        x, logits = slow_read(model, f, z, t)
         if options.threshold < 1:
             limit = np.quantile(x[target_bl].abs().numpy(), options.threshold, method="higher")
             largest = words.abs().max().item()
             x = x.clamp(-limit, limit) * (largest / limit) if limit > largest else x.clamp(-largest, largest)
         if options.clamp:
             x = words[nearest_tokens(x, words)]
-        rounded.append(torch.where(target_bl, likeliest_tokens(x, denoiser.vocabulary())[0], tokens_bl)[0])
+        if model.reading == "output":  # what was cut or clamped is what is rounded
+            logits = x @ words.T + bias_v
+        logits[..., NOT_TARGETS] = -torch.inf
+        confidence, token = logits.softmax(dim=-1).max(dim=-1)
+        rounded.append((torch.where(target_bl, token, tokens_bl)[0], torch.where(target_bl, confidence, 1.0)[0]))
         if i + 1 == len(grid):
             return rounded
         if options.solver == "ddim":
@@ -168,13 +194,14 @@ def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> lis
             mean = alpha[i + 1] * (1 - ratio) / sigma[i] ** 2 * (x - M)
             mean = mean + ratio**0.5 * sigma[i + 1] ** 2 / sigma[i] ** 2 * (z - M)
             deviation = (1 - ratio) ** 0.5 * sigma[i + 1] / sigma[i]
-            z = M + mean + deviation * key(i + 1).normal(Purpose.SAMPLING, LENGTH, DIM)
+            z = M + mean + deviation * options.temperature * key(i + 1).normal(Purpose.SAMPLING, LENGTH, DIM)
         if options.absorb and i + 2 < len(grid):
             absorbed = key(i + 1).uniform(Purpose.RESAMPLING, LENGTH) <= model.gamma * sigma[i + 1]
             z = torch.where(absorbed[..., None], M, z)
     raise AssertionError("the loop returns at the last call")
 
 
+every_reading = pytest.mark.parametrize("reading", READINGS)
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 FEATURES = {
     "plain": {},
@@ -183,47 +210,67 @@ FEATURES = {
     "clamped": {"clamp": True},
     "thresholded": {"threshold": 0.6},
     "absorbed": {"absorb": True},
-    "everything": {"guidance": 3.0, "clamp": True, "threshold": 0.6, "absorb": True},
+    "cold": {"temperature": 0.5},
+    "everything": {"guidance": 3.0, "clamp": True, "threshold": 0.6, "absorb": True, "temperature": 0.8},
 }
 every_feature = pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURES)
 
 
 @every_feature
+@every_reading
 @pytest.mark.parametrize("solver", ["ddim", "ddpm"])
 @pytest.mark.parametrize("conditioned", [False, True], ids=["alone", "self_conditioned"])
 def test_a_batch_is_its_rows_sampled_slowly(
-    model: DiffusionModel, self_conditioned: DiffusionModel, conditioned: bool, solver: str, options: dict
+    model: DiffusionModel,
+    self_conditioned: DiffusionModel,
+    conditioned: bool,
+    solver: str,
+    reading: Reading,
+    options: dict,
 ) -> None:
     """At every call, with every option, alone and together."""
-    chosen = self_conditioned if conditioned else model
+    chosen = replace(self_conditioned if conditioned else model, reading=reading)
     options = options | {"solver": solver, "seed": 3}
     seen: list[Estimate] = []
     samples = generate(chosen, observe=seen.append, **options)
     assert samples.calls_b.tolist() == [6 if row != WITHOUT_TARGET else 0 for row in ALL]
     for row in (0, 3, 7):
         expected = slow_sample(chosen, row, SamplerOptions(num_calls=6, **options))
-        assert [estimate.tokens_bl[row].tolist() for estimate in seen] == [tokens.tolist() for tokens in expected]
-        assert torch.equal(samples.tokens_bl[row], expected[-1])
+        for estimate, (tokens_l, confidence_l) in zip(seen, expected, strict=True):
+            assert estimate.tokens_bl[row].tolist() == tokens_l.tolist()
+            torch.testing.assert_close(estimate.confidence_bl[row], confidence_l.float(), rtol=1e-3, atol=1e-3)
+        assert torch.equal(samples.tokens_bl[row], expected[-1][0])
 
 
+@every_reading
 @every_feature
-def test_looking_changes_nothing(self_conditioned: DiffusionModel, options: dict) -> None:
-    watched = generate(self_conditioned, observe=lambda _: None, **options)
-    assert torch.equal(watched.tokens_bl, generate(self_conditioned, **options).tokens_bl)
+def test_looking_changes_nothing(self_conditioned: DiffusionModel, reading: Reading, options: dict) -> None:
+    chosen = replace(self_conditioned, reading=reading)
+    watched = generate(chosen, observe=lambda _: None, **options)
+    assert torch.equal(watched.tokens_bl, generate(chosen, **options).tokens_bl)
 
 
-@pytest.mark.parametrize("name", ["guidance", "clamp", "threshold", "absorb"])
+def test_every_reading_makes_a_difference(model: DiffusionModel) -> None:
+    texts = [tuple(generate(replace(model, reading=reading)).tokens_bl.flatten().tolist()) for reading in READINGS]
+    assert len(set(texts)) == len(READINGS)
+
+
+@pytest.mark.parametrize("name", ["guidance", "clamp", "threshold", "absorb", "temperature"])
 def test_every_option_makes_a_difference(model: DiffusionModel, name: str) -> None:
-    options = {"guidance": 5.0, "threshold": 0.6, "absorb": True} if name != "clamp" else {"clamp": True}
+    options = {"guidance": 5.0, "threshold": 0.6, "absorb": True, "temperature": 0.5}
+    options = {"clamp": True} if name == "clamp" else options
     without = {other: value for other, value in options.items() if other != name}
     assert not torch.equal(generate(model, **options).tokens_bl, generate(model, **without).tokens_bl)
 
 
 @every_solver
+@every_reading
 @pytest.mark.parametrize("clamp", [False, True])
-def test_only_targets_change_and_only_into_words_or_the_end(model: DiffusionModel, solver: str, clamp: bool) -> None:
+def test_only_targets_change_and_only_into_words_or_the_end(
+    model: DiffusionModel, solver: str, reading: Reading, clamp: bool
+) -> None:
     tokens_bl, target_bl, _ = some_rows()
-    generated_bl = generate(model, solver=solver, clamp=clamp).tokens_bl
+    generated_bl = generate(replace(model, reading=reading), solver=solver, clamp=clamp).tokens_bl
     assert torch.equal(generated_bl[~target_bl], tokens_bl[~target_bl])
     assert not torch.isin(generated_bl[target_bl], torch.tensor(NOT_TARGETS)).any()
     assert len(generated_bl[target_bl].unique()) > 2
@@ -233,7 +280,7 @@ def test_the_end_of_the_text_may_be_generated_and_the_other_special_tokens_not()
     assert set(SpecialToken) - set(NOT_TARGETS) == {SpecialToken.EOS}
 
 
-MASKED = model_of()
+MASKED = model_of("diffusion.self_conditioning=0")
 
 
 @settings(max_examples=40)
@@ -242,16 +289,18 @@ MASKED = model_of()
     st.integers(0, 9),
     st.sampled_from([1, 2, 3]),
     st.sampled_from([0, 1]),
+    st.sampled_from(READINGS),
 )
 def test_given_tokens_stay_whatever_the_mask(
-    mask: list[list[bool]], length: int, num_calls: int, patience: int
+    mask: list[list[bool]], length: int, num_calls: int, patience: int, reading: Reading
 ) -> None:
     """Nothing given, everything given, gaps, padding."""
     tokens_bl = torch.randint(5, VOCAB, (len(mask), 9), generator=torch.Generator().manual_seed(length))
     documents = Documents.whole(torch.full((len(mask),), length), 9)
     target_bl = torch.tensor(mask) & documents.real_bl
     options = SamplerOptions(num_calls=num_calls, patience=patience)
-    samples = sample(MASKED, tokens_bl, target_bl, documents, torch.arange(len(mask)), options)
+    model = replace(MASKED, reading=reading)
+    samples = sample(model, tokens_bl, target_bl, documents, torch.arange(len(mask)), options)
     assert torch.equal(samples.tokens_bl[~target_bl], tokens_bl[~target_bl])
     assert (samples.tokens_bl >= 0).all()
     assert torch.equal(samples.calls_b > 0, target_bl.any(dim=1))
@@ -276,14 +325,17 @@ def test_what_stands_at_target_positions_is_ignored(model: DiffusionModel) -> No
 
 
 @every_solver
-@pytest.mark.parametrize("patience", [0, 1])
-def test_a_sample_does_not_depend_on_its_batch(self_conditioned: DiffusionModel, solver: str, patience: int) -> None:
+@pytest.mark.parametrize(("patience", "reading"), [(0, "output"), (1, "output"), (1, "posterior")])
+def test_a_sample_does_not_depend_on_its_batch(
+    self_conditioned: DiffusionModel, solver: str, patience: int, reading: Reading
+) -> None:
+    model = replace(self_conditioned, reading=reading)
     options = {"solver": solver, "patience": patience, "guidance": 1.5, "absorb": True, "time_grid": "quadratic"}
-    whole = generate(self_conditioned, **options)
+    whole = generate(model, **options)
     for batch_size in (1, 3, 8):
         for first in range(0, ROWS, batch_size):
             index = ALL[first : first + batch_size]
-            part = generate(self_conditioned, index, **options)
+            part = generate(model, index, **options)
             assert torch.equal(part.tokens_bl, whole.tokens_bl[index])
             assert torch.equal(part.calls_b, whole.calls_b[index])
 
@@ -416,18 +468,47 @@ def test_clamping_makes_embeddings_of_estimates(self_conditioned: DiffusionModel
     assert distances(clamp=False)[0].mean() > 0.5
 
 
-def test_the_denoiser_is_handed_its_previous_estimate(model: DiffusionModel, self_conditioned: DiffusionModel) -> None:
-    """As it was, on targets; none in the first call; and never to a model without self-conditioning."""
+@every_reading
+def test_the_denoiser_is_handed_its_previous_estimate(self_conditioned: DiffusionModel, reading: Reading) -> None:
+    """As its output was read, on targets; none in the first call."""
+    model = replace(self_conditioned, reading=reading)
     _, target_bl, _ = (x[:5] for x in some_rows())
-    with Shown(self_conditioned) as shown:
-        generate(self_conditioned, range(5))
+    with Shown(model) as shown:
+        generate(model, range(5))
     assert shown.calls[0][3] is None
-    for (_, _, _, estimate_blz), output_blz in zip(shown.calls[1:], shown.outputs, strict=False):
+    for i, t in enumerate(time_grid("uniform", SCHEDULE, 6)[:-1]):
+        estimate_blz = shown.calls[i + 1][3]
         assert estimate_blz is not None
-        assert torch.equal(estimate_blz, output_blz * target_bl[..., None])
+        expected_blz, _ = slow_read(model, shown.outputs[i], shown.calls[i][0], t)
+        torch.testing.assert_close(estimate_blz, expected_blz * target_bl[..., None], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_self_conditioning_is_handed_nothing(model: DiffusionModel) -> None:
     with Shown(model) as shown:
         generate(model, range(5))
     assert all(call[3] is None for call in shown.calls)
+
+
+@every_solver
+def test_without_temperature_there_is_no_noise_to_draw(model: DiffusionModel, solver: str) -> None:
+    """The first call sees m alone, and neither the seed nor the sample's id makes a difference."""
+    rows = [2, 3, 4]
+    with Shown(model) as shown:
+        cold_bl = generate(model, rows, solver=solver, temperature=0.0).tokens_bl
+    _, target_bl, _ = (x[rows] for x in some_rows())
+    assert (shown.calls[0][0][target_bl] == M).all()
+    assert torch.equal(cold_bl, generate(model, rows, solver=solver, temperature=0.0, seed=9).tokens_bl)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpm_2m_sde"])
+def test_temperature_scales_the_noise_of_every_step(
+    model: DiffusionModel, solver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of the start: as if all normal numbers were drawn so much smaller."""
+    expected = generate(model, solver=solver, temperature=0.3).tokens_bl
+    draw = NoiseKey.normal
+    monkeypatch.setattr(NoiseKey, "normal", lambda key, *what: 0.3 * draw(key, *what))
+    assert torch.equal(generate(model, solver=solver).tokens_bl, expected)
 
 
 @every_solver
@@ -547,6 +628,9 @@ def test_rows_that_are_done_are_observed_as_they_are(self_conditioned: Diffusion
         ({"time_grid": "even"}, ["time_grid = even", *TIME_GRIDS]),
         ({"seed": -1}, ["seed = -1", "0 to 4294967295"]),
         ({"seed": 2**32}, ["seed = 4294967296"]),
+        ({"temperature": -0.1}, ["temperature = -0.1", "at least 0"]),
+        ({"temperature": math.nan}, ["temperature = nan", "finite"]),
+        ({"temperature": math.inf}, ["temperature = inf"]),
         ({"guidance": -0.5}, ["guidance = -0.5", "at least 0"]),
         ({"guidance": math.nan}, ["guidance = nan", "finite"]),
         ({"guidance": math.inf}, ["guidance = inf"]),
@@ -563,4 +647,4 @@ def test_options_that_make_no_sense_are_refused(options: dict, words: list[str])
 
 
 def test_the_ends_of_what_is_allowed_are_allowed() -> None:
-    SamplerOptions(num_calls=1, seed=2**32 - 1, guidance=0.0, threshold=1.0, patience=0)
+    SamplerOptions(num_calls=1, seed=2**32 - 1, temperature=0.0, guidance=0.0, threshold=1.0, patience=0)

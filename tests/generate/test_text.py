@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -111,6 +113,20 @@ def test_every_kept_part_is_in_the_text(tokenizer: Tokenizer, kind: str) -> None
     (text,) = tiny_generator(tokenizer, kind).generate([Infill(template, 3)], OPTIONS)
     assert text.startswith(kept[0])
     assert text.index(kept[1], len(kept[0])) < text.rindex(kept[2])
+
+
+def test_the_python_in_the_documentation_runs(
+    text_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    section = page.partition("## From Python")[2].partition("\n## ")[0]
+    (tmp_path / "runs").mkdir()
+    save_tiny_model(tmp_path / "runs" / "mine", text_dataset)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(section), {})
+    written = ast.literal_eval(capsys.readouterr().out)
+    assert len(written) == 2
+    assert written[1].startswith("The king")
 
 
 def test_same_seed_same_text_other_seed_other_text(tokenizer: Tokenizer) -> None:

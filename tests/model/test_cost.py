@@ -21,6 +21,8 @@ def variants() -> list[tuple[str, list[str]]]:
         *presets,
         ("quickstart", ["attention.num_global=0"]),
         ("quickstart", ["diffusion.absorbing=false", "experts.top_k=4"]),
+        ("quickstart", ["diffusion.self_conditioning=0.5"]),
+        ("quickstart", ["diffusion.self_conditioning=0.0", "diffusion.normalise_embeddings=true"]),
     ]
 
 

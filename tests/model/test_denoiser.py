@@ -25,6 +25,7 @@ KINDS = {
     "no globals, experts": ["attention.num_global=0", "experts.num_experts=4"],
     "groups of heads": ["attention.dilation=[[1, 3], 2]"],
     "hybrid": ["attention.full_every=2"],
+    "self-conditioning": ["diffusion.self_conditioning=0.5"],
 }
 every_kind = pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS.keys())
 
@@ -34,6 +35,7 @@ def tiny_denoiser(*overrides: str) -> Denoiser:
         "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=3", "model.num_heads=2",
         "model.feedforward_dim=24", "attention.window=3", "attention.dilation=[1, 2]", "attention.num_global=2",
         "experts.num_experts=0", "experts.feedforward_dim=12", "experts.top_k=2",
+        "diffusion.self_conditioning=0.0", "diffusion.normalise_embeddings=false",
     ]  # fmt: skip
     torch.manual_seed(0)
     return Denoiser(DenoiserConfig.of(load_spec(None, [*tiny, *overrides]).spec, VOCAB)).eval()
@@ -71,9 +73,59 @@ def test_shape_and_type(overrides: list[str]) -> None:
         assert torch.isfinite(out).all()
 
 
-def test_the_head_is_the_embedding() -> None:
+def test_tokens_are_scored_by_their_embeddings_and_a_bias() -> None:
+    """The embedding learns from both its uses; a bias is all that is the scores' own."""
     denoiser = tiny_denoiser()
-    assert denoiser.head.weight is denoiser.embedding.weight
+    vocabulary = denoiser.vocabulary()
+    assert torch.equal(vocabulary.embedding_vz, denoiser.embedding.weight)
+    assert torch.equal(vocabulary.bias_v, torch.zeros(VOCAB))
+    assert [name for name, p in denoiser.named_parameters() if VOCAB in p.shape] == ["embedding.weight", "head.bias"]
+    token_gradient, score_gradient = 1.0, 2.0
+    (token_gradient * denoiser.embed(torch.tensor([3])) + score_gradient * vocabulary.embedding_vz[3]).sum().backward()
+    vocabulary.bias_v[3].backward()
+    assert (denoiser.embedding.weight.grad[3] == 3.0).all()
+    assert denoiser.head.bias.grad.nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_and_vocabulary_are_fp32(dtype: torch.dtype) -> None:
+    denoiser = tiny_denoiser("diffusion.normalise_embeddings=true").to(dtype)
+    vocabulary = denoiser.vocabulary()
+    assert {denoiser.embed(torch.tensor([1])).dtype, vocabulary.embedding_vz.dtype, vocabulary.bias_v.dtype} == {
+        torch.float32
+    }
+
+
+def test_normalised_embeddings_have_one_length_and_keep_their_direction() -> None:
+    """sqrt(z): that of N(0, I), so that the noise is as strong as it is beside embeddings that are not normalised."""
+    plain, normalised = tiny_denoiser(), tiny_denoiser("diffusion.normalise_embeddings=true")
+    with torch.no_grad():
+        for denoiser in (plain, normalised):
+            denoiser.embedding.weight *= torch.linspace(0.1, 9, VOCAB)[:, None]  # as training might
+    tokens = torch.tensor([[3, 0, VOCAB - 1]])
+    e, e_normalised = plain.embed(tokens), normalised.embed(tokens)
+    torch.testing.assert_close(e_normalised.norm(dim=-1), torch.full((1, 3), EMBEDDING**0.5))
+    torch.testing.assert_close(torch.cosine_similarity(e, e_normalised, dim=-1), torch.ones(1, 3))
+    assert e.norm(dim=-1).max() > 2 * e.norm(dim=-1).min()
+    assert torch.equal(normalised.vocabulary().embedding_vz[tokens], e_normalised)
+
+
+def test_an_estimate_is_seen_where_it_stands_and_none_is_zero() -> None:
+    denoiser, documents = tiny_denoiser("diffusion.self_conditioning=0.5"), pack([[12, 9]], 21)
+    inputs = (*random_inputs(documents), documents)
+    estimate_blz = random_inputs(documents, seed=2)[0].requires_grad_()
+    out = denoiser(*inputs, estimate_blz)
+    assert torch.equal(denoiser(*inputs), denoiser(*inputs, torch.zeros_like(estimate_blz)))
+    assert not torch.equal(out, denoiser(*inputs))
+    (gradient_blz,) = torch.autograd.grad(out[:, :12].square().sum(), estimate_blz)
+    assert (gradient_blz[:, :12] != 0).any(dim=-1).all()
+    assert (gradient_blz[:, 12:] == 0).all(), "of its own document only"
+
+
+def test_a_model_without_self_conditioning_has_no_use_for_an_estimate() -> None:
+    denoiser, documents = tiny_denoiser(), pack([[12]], 12)
+    inputs = (*random_inputs(documents), documents)
+    assert torch.equal(denoiser(*inputs), denoiser(*inputs, torch.ones_like(inputs[0])))
 
 
 def test_the_layers_take_their_dilations_in_turn() -> None:
@@ -92,7 +144,13 @@ def test_the_schedule_of_the_spec_is_that_of_the_layers() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], ["attention.dilation=[[1, 2]]", "attention.full_every=2"], ["attention.kind=full"]]
+    "overrides",
+    [
+        [],
+        ["attention.dilation=[[1, 2]]", "attention.full_every=2"],
+        ["attention.kind=full"],
+        ["diffusion.self_conditioning=0.5", "diffusion.normalise_embeddings=true"],
+    ],
 )
 def test_config_survives_json(overrides: list[str]) -> None:
     config = tiny_denoiser(*overrides).config

@@ -21,9 +21,12 @@ def tiny_objective(*overrides: str) -> DiffusionObjective:
     tiny = [
         "model.embedding_dim=8", "model.hidden_dim=16", "model.num_layers=2", "model.num_heads=2",
         "attention.window=3", "attention.dilation=[1, 2]", "experts.num_experts=3", "experts.feedforward_dim=6",
+        "diffusion.self_conditioning=0.0",
     ]  # fmt: skip
     torch.manual_seed(0)
-    return DiffusionObjective(load_spec(None, [*tiny, *overrides]).spec, VOCAB)
+    objective = DiffusionObjective(load_spec(None, [*tiny, *overrides]).spec, VOCAB)
+    torch.nn.init.normal_(objective.denoiser.head.bias)  # as if it had been trained
+    return objective
 
 
 def config_of(objective: DiffusionObjective) -> ModelConfig:
@@ -36,6 +39,8 @@ def config_of(objective: DiffusionObjective) -> ModelConfig:
         row_length=64,
         step=7,
         condition_dropout=0.1,
+        noise_factor=2.5,
+        estimate="posterior",
         lengths={"kind": "text", "sources_k": [0.0], "quantiles_kq": [[1.0, 2.5, 9.0]]},
     )
 
@@ -54,7 +59,14 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["experts.num_experts=0"], ["diffusion.absorbing=false"], ["attention.kind=full", "model.norm=post"]],
+    [
+        [],
+        ["experts.num_experts=0"],
+        ["diffusion.absorbing=false"],
+        ["attention.kind=full", "model.norm=post"],
+        ["diffusion.self_conditioning=0.5", "diffusion.normalise_embeddings=true"],
+        ["diffusion.self_conditioning=0", "diffusion.normalise_embeddings=false"],
+    ],
 )
 def test_round_trip_is_exact(tmp_path: Path, overrides: list[str]) -> None:
     objective = tiny_objective(*overrides)
@@ -64,19 +76,23 @@ def test_round_trip_is_exact(tmp_path: Path, overrides: list[str]) -> None:
     assert torch.equal(model.m_z, objective.absorbing())
     assert not model.denoiser.training
 
-    inputs = torch.randn(2, 9, 8), torch.rand(2, 9), Documents.whole(torch.tensor([9, 5]), 9)
+    inputs = torch.randn(2, 9, 8), torch.rand(2, 9), Documents.whole(torch.tensor([9, 5]), 9), torch.randn(2, 9, 8)
     ours, theirs = model.denoiser(*inputs), objective.denoiser.eval()(*inputs)
     assert torch.equal(ours, theirs)
-    assert torch.equal(model.denoiser.head(), objective.denoiser.head())
+    ours, theirs = model.denoiser.vocabulary(), objective.denoiser.vocabulary()
+    assert torch.equal(ours.embedding_vz, theirs.embedding_vz)
+    assert torch.equal(ours.bias_v, theirs.bias_v)
+    assert theirs.bias_v.any()
 
 
-def test_tied_weights_are_stored_once(saved: Path) -> None:
+def test_what_is_stored_is_every_parameter_in_fp32(saved: Path) -> None:
+    """The embedding once, though tokens are embedded and scored by it."""
     from safetensors.torch import load_file
 
     weights = load_file(saved / WEIGHTS_FILE)
-    assert "denoiser.embedding.weight" in weights
-    assert "denoiser.head.weight" not in weights
-    assert "absorbing.m" in weights
+    assert set(weights) == {name for name, _ in tiny_objective().named_parameters()}
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert sum(VOCAB in weight.shape for weight in weights.values()) == 2  # the embedding, and the biases
 
 
 def test_at_step(saved: Path) -> None:
@@ -122,7 +138,7 @@ def test_a_config_of_another_shape(saved: Path, change: dict) -> None:
         load_model(saved)
 
 
-@pytest.mark.parametrize("change", [{"hidden_dim": 32}, {"num_layers": 1, "windows": [3], "dilations": [1]}])
+@pytest.mark.parametrize("change", [{"hidden_dim": 32}, {"self_conditioning": True}, {"num_experts": 0}])
 def test_weights_that_do_not_fit_the_config(saved: Path, change: dict) -> None:
     config = json.loads((saved / CONFIG_FILE).read_text())
     (saved / CONFIG_FILE).write_text(json.dumps(config | {"denoiser": config["denoiser"] | change}))

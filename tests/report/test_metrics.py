@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mdseq.diffusion.statistics import PARTS
 from mdseq.report.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricsWriter, read_metrics
 
 
@@ -79,22 +80,28 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
         tmp_path,
         0,
         line(
-            10, balance=1.5, router_z=0.1, rounding=0.2, tokens=512, tokens_per_second=99.0, grad_norm=0.7,
+            10, balance=1.5, router_z=0.1, rounding=0.2, anchor=0.3, tokens=512, tokens_per_second=99.0, grad_norm=0.7,
             peak_memory_gib=0.5,
             noise_level_0=0.1, noise_level_9=0.9, expert_load=[[0.25, 0.75], [0.5, 0.5]],
         ),
     )  # fmt: skip
     assert set(events(tmp_path).Tags()["scalars"]) == {
-        "loss/loss", "loss/denoising", "loss/rounding", "loss/balance", "loss/router_z",
+        "loss/loss", "loss/denoising", "loss/anchor", "loss/rounding", "loss/balance", "loss/router_z",
         "loss_by_noise_level/noise_level_0", "loss_by_noise_level/noise_level_9",
         "optimiser/grad_norm", "optimiser/learning_rate",
         "throughput/tokens", "throughput/tokens_per_second", "throughput/peak_memory_gib",
         "router_busiest_expert/layer_00", "router_busiest_expert/layer_01",
         "router_idlest_expert/layer_00", "router_idlest_expert/layer_01",
     }  # fmt: skip
+    assert scalars(tmp_path, "loss/anchor") == {10: pytest.approx(0.3)}
     assert scalars(tmp_path, "router_busiest_expert/layer_00") == {10: 1.5}
     assert scalars(tmp_path, "router_idlest_expert/layer_00") == {10: 0.5}
     assert scalars(tmp_path, "router_busiest_expert/layer_01") == {10: 1.0}
+
+
+def test_all_that_the_objective_reports_has_a_tag(tmp_path: Path) -> None:
+    write(tmp_path, 0, {"step": 10, "expert_load": []} | dict.fromkeys(PARTS, 0.5))
+    assert set(events(tmp_path).Tags()["scalars"]) == {f"loss/{part}" for part in PARTS}
 
 
 def test_text_keeps_its_line_breaks(tmp_path: Path) -> None:

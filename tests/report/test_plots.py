@@ -14,13 +14,14 @@ from matplotlib.figure import Figure
 from mdseq.report.plots import plot_run
 
 
-def run_metrics(num_lines: int, num_layers: int = 0, num_experts: int = 4) -> list[dict[str, Any]]:
+def run_metrics(num_lines: int, num_layers: int = 0, num_experts: int = 4, anchor: float = 0.0) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     return [
         {
             "step": 10 * (i + 1),
             "loss": 5.0 / (i + 1) + 0.1,
             "denoising": 3.0 / (i + 1),
+            "anchor": anchor / (i + 1),
             "rounding": 2.0 / (i + 1),
             "expert_load": rng.dirichlet(np.ones(num_experts), num_layers).tolist(),
         }
@@ -73,6 +74,14 @@ def test_the_curves_are_the_metrics(tmp_path: Path, drawn: list[Figure]) -> None
     for curve in noise.get_lines():  # the mean loss of each noise level over six lines
         assert curve.get_xdata().tolist() == pytest.approx([(level + 0.5) / 10 for level in range(10)])
         assert list(curve.get_ydata()) == list(range(10))
+
+
+def test_parts_that_the_loss_lacks_are_not_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    metrics = [line | {"denoising": 0.0} for line in run_metrics(20, anchor=4.0)]
+    plot_run(metrics, "a run", tmp_path / "report.png")
+    loss, _ = drawn[0].axes
+    assert [curve.get_label() for curve in loss.get_lines()] == ["loss", "anchor", "rounding"]
+    assert loss.get_lines()[1].get_ydata().tolist() == [line["anchor"] for line in metrics]
 
 
 def test_the_load_is_relative_to_an_even_share(tmp_path: Path, drawn: list[Figure]) -> None:

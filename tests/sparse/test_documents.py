@@ -77,6 +77,74 @@ def test_the_leading_source_is_what_is_not_to_be_generated():
         assert leading_source(documents, target_bl, count)[0].nonzero().flatten().tolist() == expected
 
 
+def test_a_clean_suffix_is_not_the_leading_source():
+    """Though it is source too: what a document ends with, and what the next one's target comes after."""
+    documents = pack([[7, 5]], 14)
+    target_bl = torch.tensor([[0, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0]]).bool()
+    for count in (1, 2, 3, 9):
+        leading = leading_source(documents, target_bl, count)[0].nonzero().flatten().tolist()
+        assert leading == [0, 1][:count]
+
+
+def test_a_document_without_targets_is_source_from_end_to_end():
+    documents, nothing_bl = pack([[4, 3]], 9), torch.zeros(1, 9, dtype=torch.bool)
+    for count, expected in ((2, [0, 1, 4, 5]), (9, [0, 1, 2, 3, 4, 5, 6])):
+        assert leading_source(documents, nothing_bl, count)[0].nonzero().flatten().tolist() == expected
+
+
+@st.composite
+def documents_of_three_parts(draw):
+    """Documents and their targets: each document is so many tokens of source, of target and of clean suffix."""
+    part = st.integers(0, 4)
+    rows = draw(st.lists(st.lists(st.tuples(part, part, part), max_size=3), min_size=1, max_size=3))
+    row_length = max(1, *(sum(map(sum, row)) for row in rows)) + draw(st.integers(0, 3))
+    target_bl = torch.zeros(len(rows), row_length, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        begin = 0
+        for source, target, suffix in row:
+            target_bl[b, begin + source : begin + source + target] = True
+            begin += source + target + suffix
+    return rows, pack([[sum(parts) for parts in row] for row in rows], row_length), target_bl
+
+
+@given(documents_of_three_parts(), st.integers(1, 6), st.booleans())
+def test_the_leading_source_against_a_slow_one(parts, count, restarted):
+    """Wherever a document lies, whatever its positions are: those of a pair's target count from 1 again."""
+    rows, documents, target_bl = parts
+    if restarted:
+        position_bl = torch.where(target_bl, 1, documents.position_bl)
+        documents = Documents(documents.document_bl, position_bl, documents.num_documents)
+    expected_bl = torch.zeros_like(target_bl)
+    for b, row in enumerate(rows):
+        begin = 0
+        for source, target, suffix in row:
+            before = source if target else source + suffix
+            expected_bl[b, begin : begin + min(count, before)] = True
+            begin += source + target + suffix
+    assert torch.equal(leading_source(documents, target_bl, count), expected_bl)
+
+
+def test_one_document_a_row():
+    documents = Documents.whole(torch.tensor([4, 0, 6]), 6)
+    assert documents.document_bl.tolist() == [[0, 0, 0, 0, -1, -1], [-1] * 6, [0] * 6]
+    assert documents.position_bl.tolist() == [[0, 1, 2, 3, 0, 0], [0] * 6, [0, 1, 2, 3, 4, 5]]
+
+
+def test_of_a_pair_the_target_counts_from_1_again():
+    """As a word and its counterpart have nearly the same position; a source of no or one token changes nothing."""
+    documents = Documents.whole(torch.tensor([7, 4, 5, 3]), 7, torch.tensor([3, 0, 1, 3]))
+    assert documents.position_bl.tolist() == [
+        [0, 1, 2, 1, 2, 3, 4],
+        [0, 1, 2, 3, 0, 0, 0],
+        [0, 1, 2, 3, 4, 0, 0],
+        [0, 1, 2, 0, 0, 0, 0],
+    ]
+    plain = Documents.whole(torch.tensor([7, 4, 5, 3]), 7)
+    assert torch.equal(documents.document_bl, plain.document_bl)
+    none = Documents.whole(torch.tensor([7, 4, 5, 3]), 7, torch.zeros(4, dtype=torch.long))
+    assert torch.equal(none.position_bl, plain.position_bl)
+
+
 @given(
     st.lists(st.lists(st.integers(0, 6), max_size=4), min_size=1, max_size=4),
     st.sampled_from([0.0, 0.4, 1.0]),

@@ -73,7 +73,9 @@ def exit_table(score: Scorer, model: DiffusionModel, unit: str) -> Table:
         for patience in (0, 2, 3, 5):
             found = score(model, replace(DEFAULT, num_calls=count, patience=patience))
             saved = 1 - found.calls / count
-            table.add_row(str(count), str(patience or "off"), f"{found.calls:.1f}", f"{saved:.0%}", f"{found.quality:.2f}")
+            table.add_row(
+                str(count), str(patience or "off"), f"{found.calls:.1f}", f"{saved:.0%}", f"{found.quality:.2f}"
+            )
     return _right(table)
 
 
@@ -114,7 +116,9 @@ def main() -> None:
     if options.long:
         for clamp in (False, True):
             found = score(model, SamplerOptions(options.long, "ddpm", clamp=clamp))
-            console.print(f"ddpm, {options.long} calls, {'clamped' if clamp else 'not clamped'}: {found.quality:.2f} {unit}")
+            console.print(
+                f"ddpm, {options.long} calls, {'clamped' if clamp else 'not clamped'}: {found.quality:.2f} {unit}"
+            )
 
 
 if __name__ == "__main__":

@@ -175,26 +175,7 @@ class DiffusionSpec(Section):
     )
 
     @model_validator(mode="after")
-    def _something_trains_the_estimate(self) -> Self:
-        if self.estimate == "output" and not self.denoising_weight:
-            raise ValueError(
-                "diffusion.denoising_weight = 0 leaves diffusion.estimate = output untrained; raise denoising_weight, "
-                "or set estimate = softmax or posterior"
-            )
-        if self.estimate != "output" and not self.anchor_weight:
-            raise ValueError(
-                f"diffusion.estimate = {self.estimate} needs probabilities of tokens, which diffusion.anchor_weight = 0 "
-                "leaves untrained; raise anchor_weight, or set estimate = output"
-            )
-        if self.estimate == "posterior" and self.denoising_weight:
-            raise ValueError(
-                f"diffusion.denoising_weight = {self.denoising_weight} trains an output that diffusion.estimate = "
-                "posterior does not take for an embedding; set denoising_weight = 0"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _published_is_published(self) -> Self:
+    def _loss_and_estimate_agree(self) -> Self:
         published: dict[str, Any] = {
             "noise_factor": 1.0, "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
             "anchor_weight": 0.0, "rounding_weight": 1.0, "estimate": "output", "normalise_embeddings": False,
@@ -206,6 +187,21 @@ class DiffusionSpec(Section):
             raise ValueError(
                 f"diffusion.objective = published is DiffuSeq's loss and nothing else; set {wanted}, or set "
                 "diffusion.objective = target"
+            )
+        if self.estimate == "output" and not self.denoising_weight:
+            raise ValueError(
+                "diffusion.denoising_weight = 0 leaves diffusion.estimate = output untrained; raise denoising_weight, "
+                "or set estimate = softmax or posterior"
+            )
+        if self.estimate != "output" and not self.anchor_weight:
+            raise ValueError(
+                f"diffusion.estimate = {self.estimate} needs probabilities of tokens, which diffusion.anchor_weight "
+                "= 0 leaves untrained; raise anchor_weight, or set estimate = output"
+            )
+        if self.estimate == "posterior" and self.denoising_weight:
+            raise ValueError(
+                f"diffusion.denoising_weight = {self.denoising_weight} trains an output that diffusion.estimate = "
+                "posterior does not take for an embedding; set denoising_weight = 0"
             )
         return self
 

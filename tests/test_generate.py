@@ -347,6 +347,7 @@ def test_mistakes(request, capsys, inputs: Path, model: str, arguments: list, me
     Path("gaps.jsonl").write_text('{"gaps": "a [[3]]"}\n')
     before = sorted(Path().iterdir())
     folder = model if model == "absent" else request.getfixturevalue(model)
+    capsys.readouterr()  # the dataset may have been built just now
     assert message in complaint(capsys, folder, *arguments)
     assert sorted(Path().iterdir()) == before
 

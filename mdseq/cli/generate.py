@@ -213,11 +213,6 @@ def _check_model(options: argparse.Namespace, requests: Requests, config: ModelC
     if options.absorb and not config.gamma:
         raise UserError("--absorb needs a model with an absorbing state, and this one has none; leave it out")
     if not fills(options):
-        length = options.length or ("predicted" if config.document_kind == "pair" else DEFAULT_LENGTH)
-        if isinstance(length, str) and config.lengths is None:
-            raise UserError(
-                f"--length {length} needs the lengths of the training data, and this model lacks them; give --length N"
-            )
         return
     if config.document_kind == "pair":
         requests.require(options.source_key, "--source_key")

@@ -49,7 +49,8 @@ def start_processes() -> torch.device:
         # DeepSpeed's shared-memory all-reduce takes a minute to compile and leaves 66 MiB a rank in /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 

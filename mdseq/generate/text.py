@@ -68,7 +68,7 @@ class TextGenerator:
     @classmethod
     def of(cls, saved: SavedModel) -> TextGenerator:
         config = saved.config
-        lengths = LengthTable.from_dict(config.lengths) if config.lengths is not None else None
+        lengths = LengthTable.from_dict(config.lengths)
         tokenizer = Tokenizer.load(saved.tokenizer_path)
         return cls(DiffusionModel.of(saved), tokenizer, config.document_kind, config.row_length, lengths)
 

@@ -80,9 +80,9 @@ def memory_per_rank(
     """Estimated GiB on the device of one rank, by component.
 
     State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch: of each layer about
-    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and about eight embeddings per token
-    in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is what
-    the process holds besides, such as libraries and buffers for communication.
+    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and about eight embeddings a token
+    in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is
+    what the process holds besides, such as libraries and buffers for communication.
     """
     parameters = count_parameters(config, spec.diffusion.absorbing)
     value_bytes = 2 if spec.optimiser.precision == "bf16" else 4

@@ -33,27 +33,27 @@ class ModelConfig:
         denoiser: Shape of the network.
         noise_schedule: Name of the schedule.
         num_timesteps: T of the schedule.
-        estimate: What the denoiser's output is; see `mdseq/diffusion/estimates.py`.
         noise_factor: How many times as strong as the schedule's name says the noise is.
         gamma: Share of target tokens replaced by the absorbing state at t = T; 0 without one.
+        estimate: What the denoiser's output is; see `mdseq/diffusion/estimates.py`.
+        condition_dropout: Share of the training documents that lost their source: above 0, sampling can be guided.
         document_kind: What a source is: the text to continue, or one side of a pair.
         row_length: Tokens of a training row.
+        lengths: How long the targets of the training data are, as a `LengthTable` writes itself.
         step: Optimiser steps behind the weights.
-        condition_dropout: Share of the training documents that lost their source: above 0, sampling can be guided.
-        lengths: How long the targets of the training data are, as a `LengthTable` writes itself; None if not known.
     """
 
     denoiser: DenoiserConfig
     noise_schedule: str
     num_timesteps: int
+    noise_factor: float
     gamma: float
+    estimate: Literal["output", "softmax", "posterior"]
+    condition_dropout: float
     document_kind: Literal["text", "pair"]
     row_length: int
+    lengths: dict[str, Any]
     step: int
-    condition_dropout: float = 0.0
-    lengths: dict[str, Any] | None = None
-    noise_factor: float = 1.0
-    estimate: Literal["output", "softmax", "posterior"] = "output"
 
     def at_step(self, step: int) -> ModelConfig:
         return replace(self, step=step)

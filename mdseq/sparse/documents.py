@@ -85,7 +85,7 @@ class Documents:
 
 
 def leading_source(documents: Documents, target_bl: Tensor, count: int) -> Tensor:
-    """The first `count` tokens of each document, as far as they stand before its first target: bool [b, l]."""
+    """The first `count` tokens of each document, before its first target and, of a pair, in its source: bool [b, l]."""
     (b, length), real_bl = target_bl.shape, documents.real_bl
     slot_bl = torch.arange(length, device=target_bl.device).expand(b, length)
     owner_bl = documents.document_bl.clamp(min=0)
@@ -94,7 +94,9 @@ def leading_source(documents: Documents, target_bl: Tensor, count: int) -> Tenso
         slot_bm = torch.full((b, documents.num_documents), length, device=target_bl.device)
         return slot_bm.scatter_reduce_(1, owner_bl, torch.where(of_bl, slot_bl, length), "amin").gather(1, owner_bl)
 
-    return real_bl & (slot_bl < torch.minimum(first_slot(real_bl) + count, first_slot(target_bl & real_bl)))
+    place_bl = slot_bl - first_slot(real_bl)
+    in_source_bl = (slot_bl < first_slot(target_bl & real_bl)) & (documents.position_bl == place_bl)
+    return real_bl & in_source_bl & (place_bl < count)
 
 
 @dataclass(frozen=True)

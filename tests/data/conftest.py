@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.vocabulary import train_vocabulary
 from mdseq.data.corpus import Corpus
+from mdseq.data.format import Kind
 from mdseq.data.tokenizer import Tokenizer
 from tests.data.datasets import Shard, write_dataset
 

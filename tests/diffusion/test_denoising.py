@@ -183,7 +183,7 @@ def test_a_saved_model_has_the_process_it_was_trained_on() -> None:
     denoiser, m_z = denoiser_of(), torch.ones(DIM)
     config = ModelConfig(
         denoiser=denoiser.config, noise_schedule="cosine", num_timesteps=30, gamma=0.3, document_kind="text",
-        row_length=LENGTH, step=1, noise_factor=2.0, estimate="posterior",
+        row_length=LENGTH, step=1, noise_factor=2.0, estimate="posterior", condition_dropout=0.0, lengths={},
     )  # fmt: skip
     model = DiffusionModel.of(SavedModel(config, denoiser, m_z, Path("tokenizer.model")))
     assert model.denoiser is denoiser

@@ -52,7 +52,7 @@ def saved_model(folder: Path, data: Path, kind: str, *overrides: str, reading: R
     weights = [(f"denoiser.{name}", weight) for name, weight in denoiser.named_parameters()]
     model = ModelConfig(
         denoiser=config, noise_schedule="sqrt", num_timesteps=100, gamma=0.5, document_kind=kind,
-        row_length=ROW_LENGTH, step=7, estimate=reading,
+        row_length=ROW_LENGTH, step=7, estimate=reading, noise_factor=1.0, condition_dropout=0.0, lengths={},
     )  # fmt: skip
     save_model(folder, model, [*weights, ("absorbing.m", torch.full((8,), 0.3))], data / "tokenizer.model")
     return folder

@@ -61,6 +61,7 @@ def save_tiny_model(
         step=step,
         condition_dropout=condition_dropout,
         lengths=LengthTable.of(corpus).to_dict(),
+        noise_factor=1.0,
         estimate=reading,
     )
     weights = {f"denoiser.{name}": weight for name, weight in model.denoiser.state_dict().items()}

@@ -1,0 +1,95 @@
+"""How long targets are, told from the lengths of the training data."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mdseq.data.corpus import Corpus
+from mdseq.data.lengths import NUM_QUANTILES, LengthTable
+
+
+def slow_table(sources: list[int], targets: list[int]) -> LengthTable:
+    """Bin by bin and quantile by quantile, by the definition: linear between the sorted values."""
+    bins = defaultdict(list)
+    for source, target in zip(sources, targets, strict=True):
+        bins[math.floor(2 * math.log2(source))].append((math.log2(source), target))
+    rows = []
+    for number in sorted(bins):
+        ordered = sorted(target for _, target in bins[number])
+        quantiles = []
+        for q in range(NUM_QUANTILES):
+            place = q / (NUM_QUANTILES - 1) * (len(ordered) - 1)
+            low, part = int(place), place - int(place)
+            high = min(low + 1, len(ordered) - 1)
+            quantiles.append(ordered[low] * (1 - part) + ordered[high] * part)
+        rows.append((statistics.fmean(source for source, _ in bins[number]), tuple(quantiles)))
+    return LengthTable("pair", tuple(source for source, _ in rows), tuple(quantiles for _, quantiles in rows))
+
+
+def test_the_table_is_that_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    source_n, target_n = rng.integers(1, 5000, 700), rng.integers(1, 900, 700)
+    table, slow = LengthTable.of_lengths("pair", source_n, target_n), slow_table(source_n.tolist(), target_n.tolist())
+    assert table.sources_k == pytest.approx(slow.sources_k)
+    assert np.array(table.quantiles_kq) == pytest.approx(np.array(slow.quantiles_kq))
+
+
+def test_a_corpus_of_pairs(pair_dataset: Path) -> None:
+    """Counted document by document."""
+    corpus = Corpus.open(pair_dataset, "train")
+    starts = [corpus.target_start(document) for document in range(corpus.num_documents)]
+    targets = [corpus.length(document) - start for document, start in enumerate(starts)]
+    table, slow = LengthTable.of(corpus), slow_table(starts, targets)
+    assert table.kind == "pair"
+    assert table.sources_k == pytest.approx(slow.sources_k)
+    assert np.array(table.quantiles_kq) == pytest.approx(np.array(slow.quantiles_kq))
+
+
+def test_lengths_follow_the_source_between_bins_and_stop_at_the_ends() -> None:
+    source_n = np.repeat([8, 64], 101)
+    target_n = np.concatenate([np.arange(100, 201), np.arange(400, 501)])
+    table = LengthTable.of_lengths("pair", source_n, target_n)
+    assert [table.predicted(source) for source in (1, 8, 64, 5000)] == [150, 150, 450, 450]
+    assert table.predicted(22) == pytest.approx(300, abs=8)  # half-way on the scale of logarithms
+    assert [table.at(8, uniform) for uniform in (0.0, 0.25, 1.0)] == [100, 125, 200]
+
+
+def test_texts_are_as_long_as_documents_less_what_is_given() -> None:
+    length_n = np.arange(100, 201)
+    table = LengthTable.of_lengths("text", np.ones_like(length_n), length_n)
+    assert table.predicted(1) == 150  # the BOS alone
+    assert table.predicted(51) == 100  # 50 tokens given, none of the documents is shorter
+    assert table.predicted(151) == 25  # of those that are longer than 150: 150 to 200
+    assert table.at(151, 0.0) == 1  # never nothing
+    assert table.predicted(1000) == 150  # longer than all of them: nothing is known
+
+
+def test_draws_have_the_distribution_of_the_data() -> None:
+    rng = np.random.default_rng(1)
+    target_n = rng.lognormal(5, 0.5, 4000).astype(int) + 1
+    table = LengthTable.of_lengths("pair", np.full(4000, 30), target_n)
+    drawn = [table.at(30, uniform) for uniform in rng.random(4000)]
+    for q in (0.1, 0.3, 0.5, 0.7, 0.9):
+        assert np.quantile(drawn, q) == pytest.approx(np.quantile(target_n, q), rel=0.05)
+
+
+def test_the_table_of_a_corpus_of_texts(corpus_of) -> None:
+    lengths = [11, 21, 31, 41, 51]
+    table = LengthTable.of(corpus_of(lengths))
+    assert table.quantiles_kq[0][0] == 10  # less the BOS
+    assert table.quantiles_kq[0][-1] == 50
+    assert table.predicted(1) == 30
+
+
+def test_it_is_json() -> None:
+    table = LengthTable.of_lengths("pair", np.array([3, 9, 9]), np.array([1, 2, 5]))
+    values = table.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert LengthTable.from_dict(values) == table

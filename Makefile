@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SUFFIXES:
-.PHONY: help quickstart test prep train generate report bench lint format docs clean needs-data needs-run
+.PHONY: help quickstart test prep train generate evaluate report bench lint format docs clean needs-data needs-run
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
@@ -88,12 +88,17 @@ train: $(READY)  ## DATA=DIR [SPEC=quickstart] [DS_CONFIG=JSON] [RANKS=2] [OUTPU
 generate: needs-run $(READY)  ## text from a trained run: RUN=DIR [ARGS="--source TEXT --num 3 --length 256 --steps 20"]
 	@$(BIN)/mdseq generate "$$RUN" $(ARGS)
 
+evaluate: needs-run $(READY)  ## how likely a run finds held-out data: RUN=DIR DATA=DIR [ARGS="--split test --documents 200"]
+	@$(BIN)/mdseq evaluate likelihood "$$RUN" $${DATA:+--data "$$DATA"} $(ARGS)
+
 report: needs-run $(READY)  ## summary of a run and a PNG of its curves: RUN=DIR
 	@$(BIN)/mdseq report "$$RUN"
 
-bench: $(READY)  ## building and reading data; window attention; quality against denoiser calls
+bench: $(READY)  ## data; window attention; logits of the vocabulary; long texts; quality against denoiser calls
 	@$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.vocabulary
+	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.sampling
 
 lint: $(READY)  ## ruff and mypy

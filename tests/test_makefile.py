@@ -44,11 +44,13 @@ def test_help_lists_every_target_and_needs_nothing(make):
     done, called = make()
     assert done.returncode == 0
     assert not called
-    for target in ("quickstart", "test", "prep", "train", "generate", "report", "lint"):
+    for target in ("quickstart", "test", "prep", "train", "generate", "evaluate", "report", "lint"):
         assert f"  {target} " in done.stdout
 
 
-@pytest.mark.parametrize(("target", "variable"), [("prep", "DATA"), ("generate", "RUN"), ("report", "RUN")])
+@pytest.mark.parametrize(
+    ("target", "variable"), [("prep", "DATA"), ("generate", "RUN"), ("evaluate", "RUN"), ("report", "RUN")]
+)
 def test_a_missing_variable_is_named_in_one_line(make, target, variable):
     done, called = make(target)
     assert done.returncode == 2
@@ -88,6 +90,11 @@ def test_train_hands_on_everything(make):
         "--ds_config", "ds configs/a.json", "--spec", "my spec.toml", "--data", "da ta", "--output", "out put",
         "--resume", "never", "schedule.steps=5", "attention.dilation=[1,2]",
     ]  # fmt: skip
+
+
+def test_evaluate_hands_on_run_and_data(make):
+    _, called = make("evaluate", "RUN=a run", "DATA=da ta", "ARGS=--split test")
+    assert called == ["evaluate", "likelihood", "a run", "--data", "da ta", "--split", "test"]
 
 
 def test_an_interpreter_that_is_too_old_is_refused(make, tmp_path):

@@ -9,6 +9,7 @@ import argparse
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,43 +21,55 @@ from mdseq.generate.sampler import SamplerOptions
 from mdseq.spec import load_spec
 
 MODEL = [
-    "model.embedding_dim=128", "model.hidden_dim=256", "model.num_layers=4", "model.num_heads=4",
-    "model.feedforward_dim=768", "attention.window=64", "attention.num_global=2", "experts.num_experts=0",
-    "data.row_length=256", "data.packing=whole", "data.batch_size=32", "data.micro_batch_size=32",
-    "optimiser.learning_rate=1e-3", "optimiser.ema_decay=0.999", "schedule.warmup_steps=200",
+    "model.embedding_dim=128", "model.hidden_dim=192", "model.num_layers=4", "model.num_heads=3",
+    "model.feedforward_dim=512", "attention.window=64", "attention.num_global=2", "experts.num_experts=0",
+    "data.row_length=256", "data.packing=whole", "data.batch_size=16", "data.micro_batch_size=16",
+    "optimiser.learning_rate=2e-3", "optimiser.ema_decay=0.999", "schedule.warmup_steps=100",
     "report.sample_interval_steps=0",
 ]  # fmt: skip
-PUBLISHED = ["diffusion.objective=published", "diffusion.stratified=false"]
-ERROR = [
-    "diffusion.objective=target", "diffusion.denoising_weight=1", "diffusion.anchor_weight=0",
-    "diffusion.rounding_weight=1", "diffusion.normalise_embeddings=false", "diffusion.self_conditioning=0",
-    "diffusion.condition_dropout=0", "diffusion.snr_cap=0", "diffusion.stratified=true",
+PUBLISHED = [
+    "diffusion.objective=published", "diffusion.noise_factor=1", "diffusion.stratified=false",
+    "diffusion.denoising_weight=1", "diffusion.anchor_weight=0", "diffusion.rounding_weight=1",
+    "diffusion.estimate=output", "diffusion.normalise_embeddings=false",
 ]  # fmt: skip
-ANCHOR = [*ERROR, "diffusion.anchor_weight=1", "diffusion.normalise_embeddings=true"]
+ERROR = [*PUBLISHED, "diffusion.objective=target", "diffusion.stratified=true"]
+SOFTMAX = ["diffusion.estimate=softmax"]
 SELF = "diffusion.self_conditioning=0.5"
+# One choice away from the default each, but for the first group, which leads from the published loss to it.
 VARIANTS: dict[str, list[str]] = {
     "published, no absorbing state": [*PUBLISHED, "diffusion.absorbing=false"],
     "published": PUBLISHED,
     "squared error of targets": ERROR,
-    "... normalised": [*ERROR, "diffusion.normalise_embeddings=true"],
-    "... and cross-entropy": [*ERROR, "diffusion.anchor_weight=1"],
-    "... and cross-entropy, normalised (A)": ANCHOR,
-    "cross-entropy alone, normalised": [*ANCHOR, "diffusion.denoising_weight=0"],
-    "A, no rounding loss": [*ANCHOR, "diffusion.rounding_weight=0"],
-    "A, SNR up to 5": [*ANCHOR, "diffusion.snr_cap=5"],
-    "A, self-conditioning": [*ANCHOR, SELF],
-    "A, self-conditioning without lag": [*ANCHOR, SELF, "diffusion.self_conditioning_lag=0"],
-    "A, condition dropout": [*ANCHOR, "diffusion.condition_dropout=0.1"],
-    "A, uniform timesteps": [*ANCHOR, "diffusion.timestep_sampling=uniform"],
-    "A, not stratified": [*ANCHOR, "diffusion.stratified=false"],
-    "A, continuous time": [*ANCHOR, "diffusion.continuous_time=true"],
-    "A, cosine": [*ANCHOR, "diffusion.noise_schedule=cosine"],
-    "A, linear": [*ANCHOR, "diffusion.noise_schedule=linear"],
-    "A, warm-up decay": [*ANCHOR, "diffusion.noise_schedule=warmup_decay"],
-    "A, gamma 0": [*ANCHOR, "diffusion.gamma=0"],
-    "A, no absorbing state": [*ANCHOR, "diffusion.absorbing=false"],
+    "squared error, normalised": [*ERROR, "diffusion.normalise_embeddings=true"],
+    "squared error, SNR up to 5": [*ERROR, "diffusion.snr_cap=5"],
+    "squared error and cross-entropy": [*ERROR, "diffusion.anchor_weight=1", "diffusion.normalise_embeddings=true"],
+    "cross-entropy, read as softmax": SOFTMAX,
+    "default: cross-entropy, posterior": [],
+    "not normalised": ["diffusion.normalise_embeddings=false"],
+    "with rounding loss": ["diffusion.rounding_weight=1"],
+    "noise factor 1": ["diffusion.noise_factor=1"],
+    "noise factor 2": ["diffusion.noise_factor=2"],
+    "noise factor 8": ["diffusion.noise_factor=8"],
+    "self-conditioning": [SELF],
+    "self-conditioning without lag": [SELF, "diffusion.self_conditioning_lag=0"],
+    "condition dropout": ["diffusion.condition_dropout=0.1"],
+    "uniform timesteps": ["diffusion.timestep_sampling=uniform"],
+    "not stratified": ["diffusion.stratified=false"],
+    "continuous time": ["diffusion.continuous_time=true"],
+    "cosine": ["diffusion.noise_schedule=cosine"],
+    "linear": ["diffusion.noise_schedule=linear"],
+    "warm-up decay": ["diffusion.noise_schedule=warmup_decay"],
+    "gamma 0": ["diffusion.gamma=0"],
+    "no absorbing state": ["diffusion.absorbing=false"],
 }
-CALLS = (2, 5, 10, 20, 100)
+SAMPLERS = {
+    "1 call": SamplerOptions(1, seed=1),
+    "10 calls": SamplerOptions(10, seed=1),
+    "10, temperature 0.5": SamplerOptions(10, seed=1, temperature=0.5),
+    "10, temperature 0": SamplerOptions(10, seed=1, temperature=0.0),
+    "50, temperature 0": SamplerOptions(50, seed=1, temperature=0.0),
+}
+GUIDANCE = (1.5, 2.0)
 
 
 def measure(name: str, data: Path, overrides: list[str], num_pairs: int) -> dict[str, object]:
@@ -68,24 +81,25 @@ def measure(name: str, data: Path, overrides: list[str], num_pairs: int) -> dict
     task = PairTask(data, "valid", num_pairs, device)
     trained = train(spec, data, device)
     model = trained.objective.model()
-    bleu = {calls: task.bleu(model, SamplerOptions(calls, seed=1))[0] for calls in CALLS}
+    bleu = {title: task.bleu(model, options)[0] for title, options in SAMPLERS.items()}
     result: dict[str, object] = {
         "name": name,
         "seconds": trained.seconds,
-        "cross_entropy": task.cross_entropy(model),
+        "from_noise": task.cross_entropy_from_noise(model),
+        "bound": task.bound(model),
         "bleu": bleu,
         "m": trained.objective.absorbing().norm().item(),
     }
     if spec.diffusion.condition_dropout:
-        guided = (1.5, 2.0)
-        result["guided"] = {w: task.bleu(model, SamplerOptions(20, seed=1, guidance=w))[0] for w in guided}
+        guided = SAMPLERS["10, temperature 0.5"]
+        result["guided"] = {w: task.bleu(model, replace(guided, guidance=w))[0] for w in GUIDANCE}
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pairs", type=int, default=512)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
@@ -99,17 +113,26 @@ def main() -> None:
         for future in as_completed(futures):
             result = future.result()
             results[result["name"]] = result
-            print(json.dumps(result), flush=True)
+            print(result, flush=True)
             if options.json:
-                options.json.write_text(json.dumps(results, indent=1))
-    table = Table("objective", "s", "cross-entropy", *(f"BLEU, {calls} calls" for calls in CALLS), "guided")
+                options.json.write_text(json.dumps(results, indent=1, default=asdict))
+    table = Table(
+        "objective",
+        "s",
+        "from noise",
+        "bound",
+        *SAMPLERS,
+        "guided, temperature 0.5",
+        title="cross-entropy from pure noise, likelihood bound (nats a token), and BLEU of held-out pairs",
+    )
     for name in options.only:
         row = results[name]
         table.add_row(
             name,
             f"{row['seconds']:.0f}",
-            f"{row['cross_entropy']:.3f}",
-            *(f"{row['bleu'][calls]:.2f}" for calls in CALLS),
+            f"{row['from_noise']:.3f}",
+            f"{row['bound'].value:.3f} ± {row['bound'].standard_error:.3f}",
+            *(f"{row['bleu'][title]:.2f}" for title in SAMPLERS),
             ", ".join(f"{w}: {score:.2f}" for w, score in row.get("guided", {}).items()),
         )
     Console(width=140).print(table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,8 @@ from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.diffusion.rounding import cross_entropy
+from mdseq.evaluate.likelihood import LikelihoodOptions, Measure, Scorer
+from mdseq.evaluate.rows import ScoredRows
 from mdseq.generate.sampler import SamplerOptions, sample
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.sparse import Documents
@@ -97,12 +99,12 @@ class PairTask:
     """Held-out pairs: how well a model predicts their targets, and how well it writes them."""
 
     def __init__(self, data: Path, split: str, num_pairs: int, device: torch.device) -> None:
-        corpus = Corpus.open(data, split)
+        self.corpus = corpus = Corpus.open(data, split)
         self.device = device
         self.tokenizer = Tokenizer.load(data / TOKENIZER_FILE)
-        documents = np.linspace(0, corpus.num_documents - 1, min(num_pairs, corpus.num_documents)).astype(int)
-        self.tokens = [corpus.tokens(int(i)).astype(np.int64) for i in documents]
-        self.source_lengths = [corpus.target_start(int(i)) for i in documents]
+        self.documents = np.linspace(0, corpus.num_documents - 1, min(num_pairs, corpus.num_documents)).astype(int)
+        self.tokens = [corpus.tokens(int(i)).astype(np.int64) for i in self.documents]
+        self.source_lengths = [corpus.target_start(int(i)) for i in self.documents]
         order = sorted(range(len(self.tokens)), key=lambda i: len(self.tokens[i]))  # rows of like lengths share a batch
         self.tokens = [self.tokens[i] for i in order]
         self.source_lengths = [self.source_lengths[i] for i in order]
@@ -129,23 +131,27 @@ class PairTask:
         return batches
 
     @torch.no_grad()
-    def cross_entropy(self, model: DiffusionModel) -> float:
-        """Mean -log p(w | z_t) over target tokens, in nats; t is spread evenly over [0, T - 1]."""
+    def cross_entropy_from_noise(self, model: DiffusionModel) -> float:
+        """Mean -log p(w | z_t) of target tokens at t = T - 1, in nats: what the source alone says."""
         total, count = 0.0, 0
         for batch in self.batches():
             rows = GivenRows.of(model, batch.tokens_bl, batch.target_bl, batch.documents())
-            key = NoiseKey(0, 0, batch.row_b)
-            timestep_b = (batch.row_b.double() * 0.618034) % 1.0 * model.schedule.last
-            alpha_b, sigma_b = (value[:, None, None] for value in model.schedule.alpha_sigma(timestep_b))
-            epsilon = key.normal(Purpose.DIFFUSION, *rows.source_blz.shape[1:])
-            z_t = alpha_b * (rows.source_blz - model.m_z) + sigma_b * epsilon + model.m_z
-            prediction = rows.predict(z_t, timestep_b)
-            if model.denoiser.config.self_conditioning:
-                prediction = rows.predict(z_t, timestep_b, prediction.clean_blz)
-            scores_ny, token_n = prediction.scores_bly[batch.target_bl], batch.tokens_bl[batch.target_bl]
-            loss, _ = cross_entropy(scores_ny, rows.reader.scored, token_n, torch.ones_like(token_n).float())
+            noise_blz = NoiseKey(0, 0, batch.row_b).normal(Purpose.STARTING, *rows.source_blz.shape[1:])
+            timestep_b = torch.full_like(batch.row_b, model.schedule.last, dtype=torch.float64)
+            scores_bly = rows.predict(noise_blz + model.m_z, timestep_b).scores_bly
+            token_n = batch.tokens_bl[batch.target_bl]
+            loss, _ = cross_entropy(
+                scores_bly[batch.target_bl], rows.reader.scored, token_n, torch.ones_like(token_n, dtype=torch.float32)
+            )
             total, count = total + loss.item(), count + len(token_n)
         return total / count
+
+    def bound(self, model: DiffusionModel) -> Measure:
+        """The likelihood bound in nats per target token, every model read in the same way."""
+        rows = ScoredRows.of(self.corpus, self.documents, row_length=2**20)
+        options = LikelihoodOptions(num_levels=16, batch_size=64)
+        scorer = Scorer(replace(model, reading="posterior"), self.tokenizer, self.corpus, rows, options)
+        return scorer.score().nats_per_token
 
     def bleu(self, model: DiffusionModel, options: SamplerOptions) -> tuple[float, float]:
         """Corpus BLEU-4 over whitespace tokens, unsmoothed (multi-bleu.perl's), and mean calls; lengths are given."""

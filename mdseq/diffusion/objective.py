@@ -77,20 +77,21 @@ class DiffusionObjective(nn.Module):
         # 2. Embed.
         vocabulary = self.denoiser.vocabulary()
         word_blz = self.denoiser.embed(batch.tokens_bl)
-        first_sigma = (1.0 - self.schedule.alpha_bar_t[0].item()) ** 0.5
-        rounded_blz = word_blz + first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
+        rounded_blz = word_blz
+        if diffusion.rounding_weight:
+            first_sigma = (1.0 - self.schedule.alpha_bar_t[0].item()) ** 0.5
+            rounded_blz = word_blz + first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
         z_0 = rounded_blz if published else word_blz
 
-        # 3. Noise the targets: z_t ~ q(z_t | z_0). A source that is dropped is as if it had been absorbed.
+        # 3. Noise the targets, z_t ~ q(z_t | z_0), and denoise. A source that is dropped is as if it had been absorbed.
         m_z = self.absorbing()
+        reader = Reader.of(diffusion.estimate, vocabulary, m_z)
         epsilon = key.normal(Purpose.DIFFUSION, length, dim)
         uniform_bl = key.uniform(Purpose.ABSORBING, length)
         dropped_bm = key.uniform(Purpose.CONDITION, batch.num_documents) <= diffusion.condition_dropout
         dropped_bl = dropped_bm.gather(1, document_bl) & ~target_bl & documents.real_bl
         clean_blz = torch.where(dropped_bl[..., None], m_z, z_0)
         clean_time_bl = dropped_bl * self.schedule.time(torch.tensor(self.schedule.last)).item()
-
-        reader = Reader.of(diffusion.estimate, vocabulary, m_z)
 
         def denoise(timestep_bm: Tensor, estimate_blz: Tensor | None) -> tuple[Tensor, Tensor]:
             """The denoiser's output f, and its scores."""
@@ -103,7 +104,7 @@ class DiffusionObjective(nn.Module):
             f_blz = self.denoiser(z_t, time_bl, documents, estimate_blz)
             return f_blz, reader.scores(f_blz, z_t, self.schedule.log_snr(timestep_bl))
 
-        # 4. Denoise, some documents with an estimate from earlier on their way from noise at hand.
+        # 4. Some documents have an estimate at hand, made earlier on their way from noise.
         estimate_blz = None
         if diffusion.self_conditioning:
             lag_bm = diffusion.self_conditioning_lag * key.uniform(Purpose.LAG, batch.num_documents)

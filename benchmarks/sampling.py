@@ -24,7 +24,6 @@ from mdseq.generate.sampler import SamplerOptions
 from tests.e2e.dictionary_task import accuracy, learned_objective
 
 CALLS = (2, 5, 10, 20, 50, 200)
-DEFAULT = SamplerOptions(10)
 
 
 class Score(NamedTuple):
@@ -37,27 +36,27 @@ class Score(NamedTuple):
 Scorer = Callable[[DiffusionModel, SamplerOptions], Score]
 
 
-def solver_table(score: Scorer, model: DiffusionModel, calls: Sequence[int], unit: str) -> Table:
-    """Each solver at each number of calls, on the default grid."""
+def solver_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, calls: Sequence[int], unit: str) -> Table:
+    """Each solver at each number of calls."""
     table = Table("solver", *(f"{count} calls" for count in calls), title=f"{unit}, by solver")
     for solver in SOLVERS:
-        scores = [score(model, replace(DEFAULT, num_calls=count, solver=solver)) for count in calls]
+        scores = [score(model, replace(base, num_calls=count, solver=solver)) for count in calls]
         table.add_row(solver, *(f"{found.quality:.2f}" for found in scores))
     return _right(table)
 
 
-def option_table(score: Scorer, model: DiffusionModel, calls: Sequence[int], unit: str) -> Table:
+def option_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, calls: Sequence[int], unit: str) -> Table:
     """The default solver with one option changed."""
     changes: dict[str, tuple[DiffusionModel, SamplerOptions]] = {
-        "default": (model, DEFAULT),
-        "quadratic grid": (model, replace(DEFAULT, time_grid="quadratic")),
-        "log-SNR grid": (model, replace(DEFAULT, time_grid="log_snr")),
-        "clamp": (model, replace(DEFAULT, clamp=True)),
-        "threshold 0.995": (model, replace(DEFAULT, threshold=0.995)),
-        "temperature 0.5": (model, replace(DEFAULT, temperature=0.5)),
-        "absorb": (model, replace(DEFAULT, absorb=True)),
-        "ddpm, absorb": (model, replace(DEFAULT, solver="ddpm", absorb=True)),
-        "no shift m": (replace(model, m_z=torch.zeros_like(model.m_z)), DEFAULT),
+        "default": (model, base),
+        "quadratic grid": (model, replace(base, time_grid="quadratic")),
+        "log-SNR grid": (model, replace(base, time_grid="log_snr")),
+        "clamp": (model, replace(base, clamp=True)),
+        "threshold 0.995": (model, replace(base, threshold=0.995)),
+        **{f"temperature {t:g}": (model, replace(base, temperature=t)) for t in (1.0, 0.7, 0.4, 0.0)},
+        "absorb": (model, replace(base, absorb=True)),
+        "ddpm, absorb": (model, replace(base, solver="ddpm", absorb=True)),
+        "no shift m": (replace(model, m_z=torch.zeros_like(model.m_z)), base),
     }
     table = Table("dpm_2m", *(f"{count} calls" for count in calls), title=f"{unit}, by option")
     for name, (changed, options) in changes.items():
@@ -66,12 +65,12 @@ def option_table(score: Scorer, model: DiffusionModel, calls: Sequence[int], uni
     return _right(table)
 
 
-def exit_table(score: Scorer, model: DiffusionModel, unit: str) -> Table:
+def exit_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, unit: str) -> Table:
     """Rows that stop when their tokens have stayed the same for some calls."""
     table = Table("calls asked for", "patience", "calls made", "saved", unit, title="early exit")
     for count in (20, 50):
         for patience in (0, 2, 3, 5):
-            found = score(model, replace(DEFAULT, num_calls=count, patience=patience))
+            found = score(model, replace(base, num_calls=count, patience=patience))
             saved = 1 - found.calls / count
             table.add_row(
                 str(count), str(patience or "off"), f"{found.calls:.1f}", f"{saved:.0%}", f"{found.quality:.2f}"
@@ -91,6 +90,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="its dataset")
     parser.add_argument("--split", default="test")
     parser.add_argument("--pairs", type=int, default=256, help="held-out pairs, spread over the split")
+    parser.add_argument("--calls", type=int, nargs="+", default=CALLS, help=f"denoiser calls; default {CALLS}")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of all samples but those that vary it")
     parser.add_argument("--long", type=int, default=0, metavar="N", help="also DDPM with N calls, clamped and not")
     options = parser.parse_args()
     console = Console(width=110)
@@ -110,12 +111,13 @@ def main() -> None:
         def score(model: DiffusionModel, options: SamplerOptions) -> Score:
             return Score(*task.bleu(model, options))
 
-    console.print(solver_table(score, model, CALLS, unit))
-    console.print(option_table(score, model, (5, 10, 20), unit))
-    console.print(exit_table(score, model, unit))
+    base = SamplerOptions(temperature=options.temperature)
+    console.print(solver_table(score, model, base, options.calls, unit))
+    console.print(option_table(score, model, base, (5, 10, 20), unit))
+    console.print(exit_table(score, model, base, unit))
     if options.long:
         for clamp in (False, True):
-            found = score(model, SamplerOptions(options.long, "ddpm", clamp=clamp))
+            found = score(model, replace(base, num_calls=options.long, solver="ddpm", clamp=clamp))
             console.print(
                 f"ddpm, {options.long} calls, {'clamped' if clamp else 'not clamped'}: {found.quality:.2f} {unit}"
             )

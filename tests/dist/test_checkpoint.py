@@ -151,7 +151,7 @@ class TestGenerate:
         ("arguments", "expected"),
         [
             (["generate", "nowhere"], "no run folder at nowhere"),
-            (["generate", "RUN", "--steps", "5"], "the model has 4 timesteps"),
+            (["generate", "RUN", "--guidance", "2"], "diffusion.condition_dropout"),
             (["generate", "RUN", "--input", "nowhere.jsonl"], "cannot read --input"),
             (["generate", "RUN", "--steps", "2", "--output", "RUN/spec.toml"], "never overwritten"),
             (["report", "nowhere"], "has no metrics"),

@@ -131,7 +131,7 @@ class DiffusionObjective(nn.Module):
         token_loss_bl = diffusion.denoising_weight * denoising_bl + prior_bl
 
         # 6. Average over the global batch.
-        parts = {"denoising": (weight_bl * denoising_bl).sum()}
+        parts = {"denoising": (weight_bl * denoising_bl).sum()} if diffusion.denoising_weight else {}
         loss = (weight_bl * token_loss_bl).sum()
         for name, part_weight, scored_bly, words in (
             ("anchor", diffusion.anchor_weight, scores_bly, reader.scored),

@@ -124,7 +124,7 @@ class ExpertsSpec(Section):
 
 
 class DiffusionSpec(Section):
-    """The forward process and the training objective; docs/diffusion.md says what each choice is worth."""
+    """The forward process and the training objective; docs/diffusion.md explains them."""
 
     noise_schedule: Literal["sqrt", "cosine", "linear", "warmup_decay"] = Field(
         "sqrt", description="signal kept at each timestep: DiffuSeq's, improved DDPM's, DDPM's, DiffuSeq-v2's"

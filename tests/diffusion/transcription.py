@@ -5,6 +5,7 @@ Only the weights, the random numbers and the denoiser's last output f are taken 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,7 +45,7 @@ def make_importance_uneven(objective: DiffusionObjective) -> None:
     )
 
 
-class Transcription:
+class Transcription(ABC):
     """What the two objectives share: the process, the random numbers, the timestep of each document."""
 
     def __init__(self, objective: DiffusionObjective, batch: Batch, f_blz: torch.Tensor) -> None:
@@ -118,8 +119,9 @@ class Transcription:
     def cross_entropy(self, logits: Array, token: int) -> float:
         return np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[token]
 
+    @abstractmethod
     def position(self, b: int, i: int) -> Position:
-        raise NotImplementedError
+        """What stands at a position, and what it loses."""
 
     def loss(self, terms: dict[str, float]) -> float:
         """The sum of the terms, each with its weight."""

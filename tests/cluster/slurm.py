@@ -206,8 +206,13 @@ class Slurm:
     def kill_node(self, node: str) -> None:
         """Kill a node with everything that runs on it, as a power cut would. Slurm sees it in about ten seconds."""
         daemon = self._daemons.pop(node)
+        # The kernel empties a killed namespace on its own time; whoever asks next must not see the dying.
+        running = psutil.Process(daemon.pid).children(recursive=True)
         daemon.kill()
         daemon.wait()
+        _, alive = psutil.wait_procs(running, timeout=20)
+        if alive:
+            raise RuntimeError(f"{node} was killed, and still runs {alive}")
 
     def _configure(self) -> None:
         ports = _free_ports(1 + len(NODES))

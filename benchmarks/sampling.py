@@ -66,14 +66,14 @@ def option_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, cal
 
 
 def exit_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, unit: str) -> Table:
-    """Rows that stop when their tokens have stayed the same for some calls."""
-    table = Table("calls asked for", "patience", "calls made", "saved", unit, title="early exit")
+    """Rows that stop when their tokens have stayed the same for some calls, and are sure enough."""
+    table = Table("calls asked for", "patience", "confidence", "calls made", "saved", unit, title="early exit")
     for count in (20, 50):
-        for patience in (0, 2, 3, 5):
-            found = score(model, replace(base, num_calls=count, patience=patience))
-            saved = 1 - found.calls / count
+        for patience, confidence in ((0, 0.0), (1, 0.0), (3, 0.0), (1, 0.9), (1, 0.99)):
+            found = score(model, replace(base, num_calls=count, patience=patience, confidence=confidence))
+            saved = f"{1 - found.calls / count:.0%}"
             table.add_row(
-                str(count), str(patience or "off"), f"{found.calls:.1f}", f"{saved:.0%}", f"{found.quality:.2f}"
+                f"{count}", f"{patience}", f"{confidence:g}", f"{found.calls:.1f}", saved, f"{found.quality:.2f}"
             )
     return _right(table)
 

@@ -185,11 +185,11 @@ def test_the_samplers_options_reach_the_sampler(pair_model: str, monkeypatch: py
     monkeypatch.setattr(TextGenerator, "stream", stream)
     options = [
         "--solver", "ddpm", "--time_grid", "log_snr", "--seed", 4, "--temperature", 0.25, "--guidance", 1.5,
-        "--clamp", "--threshold", 0.5, "--absorb", "--patience", 3, "--estimate", "softmax",
+        "--clamp", "--threshold", 0.5, "--absorb", "--patience", 3, "--confidence", 0.75, "--estimate", "softmax",
     ]  # fmt: skip
     assert generate(pair_model, "--num", 2, *options) == generate(pair_model, "--num", 2) == 0
     assert asked == [
-        (SamplerOptions(2, "ddpm", "log_snr", 4, 0.25, 1.5, True, 0.5, True, 3), "softmax"),
+        (SamplerOptions(2, "ddpm", "log_snr", 4, 0.25, 1.5, True, 0.5, True, 3, 0.75), "softmax"),
         (SamplerOptions(2), "output"),
     ]
 
@@ -370,6 +370,7 @@ def test_mistakes(request, capsys, inputs: Path, model: str, arguments: list, me
         ["--candidates", "0"],
         ["--block", "0"],
         ["--patience", "-1"],
+        ["--confidence", "1.5"],
         ["--solver", "euler"],
         ["--estimate", "mean"],
         ["--temperature", "-0.5"],

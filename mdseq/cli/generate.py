@@ -109,6 +109,13 @@ def add_command(commands: Any) -> None:
         metavar="N",
         help="stop when no token has changed for N calls; default 0: make all calls",
     )
+    group.add_argument(
+        "--confidence",
+        type=number_between(0, 1),
+        default=0.0,
+        metavar="P",
+        help="and, with --patience, when each token has at least this probability; default 0",
+    )
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     group.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="texts at a time; default 8")
 

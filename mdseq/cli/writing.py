@@ -52,6 +52,7 @@ class Writing:
             threshold=options.threshold,
             absorb=options.absorb,
             patience=options.patience,
+            confidence=options.confidence,
         )
         self.blocks = Blocks.of(config.row_length, options.block, options.context)
         self.length: Length = options.length or ("predicted" if config.document_kind == "pair" else DEFAULT_LENGTH)

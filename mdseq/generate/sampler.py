@@ -42,6 +42,8 @@ class SamplerOptions:
         absorb: Apply the discrete part of the soft absorbing state while sampling: after each step but the last, a
             target token is m with probability gamma * sigma.
         patience: Calls for which all tokens of a row must stay the same until the row is done; 0 to make all calls.
+        confidence: Probability that each of those tokens must have as well. On a fine time grid tokens stay the same
+            long before they are settled, since neighbouring calls hardly differ.
 
     Raises:
         UserError: If a value is not allowed.
@@ -57,6 +59,7 @@ class SamplerOptions:
     threshold: float = 1.0
     absorb: bool = False
     patience: int = 0
+    confidence: float = 0.0
 
     def __post_init__(self) -> None:
         for name, allowed, fits in (
@@ -68,9 +71,15 @@ class SamplerOptions:
             ("guidance", "a finite number of at least 0; 1 is no guidance", 0 <= self.guidance < math.inf),
             ("threshold", "more than 0 and at most 1, such as 0.995; 1 is no threshold", 0 < self.threshold <= 1),
             ("patience", "0 or more calls; 0 makes them all", self.patience >= 0),
+            ("confidence", "a probability, 0 to 1", 0 <= self.confidence <= 1),
         ):
             if not fits:
                 raise UserError(f"the sampler's {name} = {getattr(self, name)} is not allowed; give {allowed}")
+        if self.confidence and not self.patience:
+            raise UserError(
+                f"the sampler's confidence = {self.confidence} ends no text early without a patience; "
+                "give a patience of 1 or more calls"
+            )
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,9 @@ class _Denoised:
         if self.observe is not None:
             self.observe(Estimate(self.num_calls, level.timestep, self.tokens_bl, self.confidence_bl))
         if self.options.patience:
-            self._keep(self.unchanged_b[self.row_n] < self.options.patience)
+            sure_b = (self.confidence_bl >= self.options.confidence).all(dim=1)
+            settled_b = (self.unchanged_b >= self.options.patience) & sure_b
+            self._keep(~settled_b[self.row_n])
 
     def _round(self) -> None:
         target_nl = self.rows.target_bl

@@ -24,6 +24,7 @@ from mdseq.generate.sampler import SamplerOptions
 from tests.e2e.dictionary_task import accuracy, learned_objective
 
 CALLS = (2, 5, 10, 20, 50, 200)
+TABLES = ("solvers", "options", "exit", "long")
 
 
 class Score(NamedTuple):
@@ -78,6 +79,20 @@ def exit_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, unit:
     return _right(table)
 
 
+def long_table(score: Scorer, model: DiffusionModel, base: SamplerOptions, long: int, unit: str) -> Table:
+    """The default with few calls and with many, beside DDPM with a great many."""
+    tries = {
+        "dpm_2m": replace(base, num_calls=10),
+        "dpm_2m ": replace(base, num_calls=200),
+        "ddpm": replace(base, num_calls=long, solver="ddpm"),
+        "ddpm, clamped": replace(base, num_calls=long, solver="ddpm", clamp=True),
+    }
+    table = Table("solver", "calls", unit, title="few calls and many")
+    for name, options in tries.items():
+        table.add_row(name.strip(), f"{options.num_calls:,}", f"{score(model, options).quality:.2f}")
+    return _right(table)
+
+
 def _right(table: Table) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
@@ -92,7 +107,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=256, help="held-out pairs, spread over the split")
     parser.add_argument("--calls", type=int, nargs="+", default=CALLS, help=f"denoiser calls; default {CALLS}")
     parser.add_argument("--temperature", type=float, default=1.0, help="of all samples but those that vary it")
-    parser.add_argument("--long", type=int, default=0, metavar="N", help="also DDPM with N calls, clamped and not")
+    parser.add_argument("--long", type=int, default=2000, metavar="N", help="calls of the longest; default 2000")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES[:3], help="default: all but long")
     options = parser.parse_args()
     console = Console(width=110)
     score: Scorer
@@ -112,15 +128,14 @@ def main() -> None:
             return Score(*task.bleu(model, options))
 
     base = SamplerOptions(temperature=options.temperature)
-    console.print(solver_table(score, model, base, options.calls, unit))
-    console.print(option_table(score, model, base, (5, 10, 20), unit))
-    console.print(exit_table(score, model, base, unit))
-    if options.long:
-        for clamp in (False, True):
-            found = score(model, replace(base, num_calls=options.long, solver="ddpm", clamp=clamp))
-            console.print(
-                f"ddpm, {options.long} calls, {'clamped' if clamp else 'not clamped'}: {found.quality:.2f} {unit}"
-            )
+    tables = {
+        "solvers": lambda: solver_table(score, model, base, options.calls, unit),
+        "options": lambda: option_table(score, model, base, (5, 10, 20), unit),
+        "exit": lambda: exit_table(score, model, base, unit),
+        "long": lambda: long_table(score, model, base, options.long, unit),
+    }
+    for name in options.tables:
+        console.print(tables[name]())
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.documents import Document
-from data_prep.files import put_in_place, temporary_name
 from data_prep.ngrams import Hashes, NgramHasher, distinct, hash_ngrams, word_hashes
+from mdseq.files import put_in_place, temporary_name
 
 # Runs of fewer words are found everywhere by chance ("at the end of the day"), so shorter texts are not looked for.
 FEWEST_WORDS = 8

@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 
 from data_prep.clean import set_aside
 from data_prep.documents import Rejection, Screened
-from data_prep.files import put_in_place, temporary_name
 from data_prep.ngrams import Hashes
 from data_prep.signatures import Signatures, band_name, bands_for
+from mdseq.files import put_in_place, temporary_name
 
 EARLIEST = 16
 NEAREST = 16

@@ -8,7 +8,6 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from data_prep.files import put_in_place, sync_folder, temporary_name, write_whole
 from data_prep.jobs import BuildFolder, FinishedShard
 from data_prep.plan import Plan
 from data_prep.spec import CleaningSpec, SourceSpec
@@ -27,6 +26,7 @@ from mdseq.data.format import (
 )
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.errors import UserError
+from mdseq.files import put_in_place, sync_folder, temporary_name, write_whole
 
 SHOWN_REJECTIONS = 3
 

@@ -23,7 +23,6 @@ from data_prep.clean import Screen
 from data_prep.contamination import Contamination
 from data_prep.documents import Document, Rejection, Screened
 from data_prep.duplicates import Dropped, load_dropped
-from data_prep.files import put_in_place, temporary_name, write_whole
 from data_prep.plan import InputFile, Plan, PlannedShard
 from data_prep.readers.base import Stretch
 from data_prep.readers.registry import reader_of
@@ -43,6 +42,7 @@ from mdseq.data.format import (
 )
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.errors import UserError
+from mdseq.files import put_in_place, temporary_name, write_whole
 
 Advance = Callable[[int], None]
 

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from data_prep.files import put_in_place, temporary_name
 from data_prep.sources import SourceFile, find_files
 from data_prep.spec import SourceSpec
 from mdseq.errors import UserError
+from mdseq.files import put_in_place, temporary_name
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 

@@ -22,7 +22,6 @@ from pydantic import ValidationError
 from data_prep.cluster import run_on_slurm
 from data_prep.contamination import Contamination
 from data_prep.duplicates import find_duplicates
-from data_prep.files import remove_temporaries, sync_folder, write_whole
 from data_prep.finish import Tally, appear, write_manifest
 from data_prep.jobs import BuildFolder, ShardJobs
 from data_prep.plan import Plan, differences, evaluation_documents, make_plan, survey_file
@@ -33,6 +32,7 @@ from data_prep.vocabulary import allot, train_vocabulary
 from mdseq.data.format import MANIFEST_FILE, PLAN_FILE, TOKENIZER_FILE, Manifest
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.errors import UserError
+from mdseq.files import remove_temporaries, sync_folder, write_whole
 
 
 @dataclass(frozen=True)

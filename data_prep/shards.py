@@ -12,8 +12,8 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
-from data_prep.files import put_in_place, temporary_name
 from mdseq.data.format import DOCUMENT_ID_BYTES, ShardEntry, Split, TokenDtype, file_sha256, shard_schema
+from mdseq.files import put_in_place, temporary_name
 
 MAX_BATCH_DOCUMENTS = 4096
 MAX_BATCH_TOKENS = 4_000_000

@@ -21,10 +21,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_prep.documents import Document, Screened
-from data_prep.files import put_in_place, temporary_name
 from data_prep.ngrams import Hashes, NgramHasher, mixed, word_hashes
 from mdseq.data.format import DOCUMENT_ID_BYTES
 from mdseq.errors import UserError
+from mdseq.files import put_in_place, temporary_name
 
 SHINGLE_WORDS = 5
 NUM_PERMUTATIONS = 128

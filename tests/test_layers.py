@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Rooms and their floors. Rooms of one floor do not know each other; the ground is open to all.
 FLOORS = {
     "mdseq.errors": -1,
+    "mdseq.files": -1,
     "mdseq.__version__": -1,
     "mdseq.settings": 0,
     "mdseq.spec": 1,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from mdseq.errors import UserError
+from mdseq.files import sync_folder
 
 Render = Callable[[int, str], str]
 
@@ -132,7 +133,7 @@ class FileResults:
                 os.fsync(file.fileno())
             require_writable(self._path)
             unfinished.rename(self._path)
-            _flush_folder(self._path.parent)
+            sync_folder(self._path.parent)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise self._kept(self._path, error) from None
@@ -213,11 +214,3 @@ def require_writable(path: Path) -> None:
         raise UserError(f"{path} exists and is never overwritten; remove it, or choose another name")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}; make it, or choose another")
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -26,9 +26,9 @@ from mdseq.cli.arguments import at_least, lengths
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.schedule import NoiseSchedule
+from mdseq.engine.checkpoint import find_model
 from mdseq.generate.documents import Blocks, Draft, write_blocks
 from mdseq.generate.sampler import SamplerOptions
-from mdseq.generate.text import find_model
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.model.saved import load_model
 from mdseq.spec import load_spec

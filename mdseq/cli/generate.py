@@ -6,7 +6,6 @@ docs/generation.md shows what may be asked for.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,13 +228,9 @@ def _check_model(options: argparse.Namespace, requests: Requests, config: ModelC
 
 def _settings(options: argparse.Namespace, requests: Requests, saved: SavedModel) -> dict[str, str]:
     """All that decides the texts."""
-    from mdseq.model.saved import WEIGHTS_FILE
-
-    with (saved.tokenizer_path.parent / WEIGHTS_FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     asked = {name: value for name, value in vars(options).items() if name not in NO_SETTINGS and value is not None}
     return {
-        "the model": f"that of step {saved.config.step} with weights of SHA-256 {digest}",
+        "the model": f"that of step {saved.config.step} with weights of SHA-256 {saved.digest()[:16]}",
         "the input": requests.fingerprint,
         **{f"--{name}": str(value) for name, value in asked.items()},
     }

@@ -17,7 +17,7 @@ def load_run(run: Path) -> SavedModel:
     """
     import torch
 
-    from mdseq.generate.text import find_model
+    from mdseq.engine.checkpoint import find_model
     from mdseq.model.saved import load_model
 
     return load_model(find_model(run), "cuda" if torch.cuda.is_available() else "cpu")

@@ -21,14 +21,13 @@ from mdseq.data.format import Kind
 from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.diffusion.denoising import DiffusionModel
-from mdseq.engine.checkpoint import whole_checkpoints
-from mdseq.errors import UserError
+from mdseq.engine.checkpoint import find_model
 from mdseq.generate.documents import Blocks, write_blocks
 from mdseq.generate.prompts import Infill, Job, Prompt, PromptEncoder
 from mdseq.generate.rerank import EmbeddingCosine, Utility, bleu, rouge
 from mdseq.generate.rows import Observe, Row, by_length, fill
 from mdseq.generate.sampler import SamplerOptions
-from mdseq.model.saved import CONFIG_FILE, SavedModel, load_model
+from mdseq.model.saved import SavedModel, load_model
 
 # Prompts that are sorted by length together, in batches.
 WINDOW_BATCHES = 16
@@ -173,19 +172,3 @@ class TextGenerator:
         drafts = [job.draft for job in jobs if job.draft is not None]
         blocks = zip(*write_blocks(self.model, drafts, options, min_length), strict=True)
         return [job.text_of(np.concatenate(of_text)) for job, of_text in zip(jobs, blocks, strict=True)]
-
-
-def find_model(folder: Path) -> Path:
-    """The model folder of a run's newest whole checkpoint; a model folder is its own.
-
-    Raises:
-        UserError: There is none.
-    """
-    if (folder / CONFIG_FILE).is_file():
-        return folder
-    if not folder.is_dir():
-        raise UserError(f"no run folder at {folder}; give one that training made, such as runs/quickstart")
-    checkpoints = whole_checkpoints(folder / "checkpoints")
-    if not checkpoints:
-        raise UserError(f"{folder} has no whole checkpoint; train it first, or give another folder")
-    return checkpoints[-1][0] / "model"

@@ -95,6 +95,15 @@ def test_what_is_stored_is_every_parameter_in_fp32(saved: Path) -> None:
     assert sum(VOCAB in weight.shape for weight in weights.values()) == 2  # the embedding, and the biases
 
 
+def test_the_digest_is_of_the_weights_alone(tmp_path: Path, saved: Path) -> None:
+    (tmp_path / "again").mkdir()
+    again = load_model(save(tmp_path / "again", tiny_objective()))
+    assert load_model(saved).digest() == again.digest()
+    with torch.no_grad():
+        again.denoiser.head.bias[3] += 1e-3
+    assert load_model(saved).digest() != again.digest()
+
+
 def test_at_step(saved: Path) -> None:
     config = load_model(saved).config
     assert config.at_step(9).step == 9

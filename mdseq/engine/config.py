@@ -62,6 +62,13 @@ class EngineConfig:
         return self.values["zero_optimization"]["stage"]
 
     @property
+    def spread(self) -> str:
+        """How state is spread, for people."""
+        ranks = "1 rank" if self.num_ranks == 1 else f"{self.num_ranks} ranks"
+        experts = f", experts over {self.expert_parallel_size}" if self.expert_parallel_size > 1 else ""
+        return f"{ranks}, ZeRO stage {self.zero_stage}{experts}"
+
+    @property
     def offloads_optimiser(self) -> bool:
         offload = self.values["zero_optimization"].get("offload_optimizer") or {}
         return offload.get("device", "none") != "none"
@@ -179,11 +186,17 @@ def _check_zero(values: dict[str, Any], problems: list[str]) -> None:
     if stage not in (1, 2, 3):
         problems.append(
             f"zero_optimization.stage = {json.dumps(stage)} must be 1, 2 or 3; stage 0 clips gradients wrongly with "
-            "experts spread over ranks (DeepSpeed 0.19.8), and on one rank stage 1 costs nothing"
+            "experts spread over ranks, and takes steps that are not finite (DeepSpeed 0.19.8); stage 1 costs no more"
         )
+    for section in ("offload_optimizer", "offload_param"):
+        if (values.get("zero_optimization", {}).get(section) or {}).get("device") == "nvme":
+            problems.append(
+                f'zero_optimization.{section}.device = "nvme" takes away weights that are averaged and saved; write '
+                '"cpu" or "none"'
+            )
     if values.get("zero_optimization", {}).get("round_robin_gradients"):
         problems.append(
-            "zero_optimization.round_robin_gradients permutes the weights that checkpoints gather (DeepSpeed 0.19.8); "
+            "zero_optimization.round_robin_gradients permutes the weights that checkpoints name (DeepSpeed 0.19.8); "
             "remove it"
         )
 

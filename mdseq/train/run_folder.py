@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +22,7 @@ from mdseq.errors import UserError
 from mdseq.settings import flatten
 from mdseq.spec import RunSpec
 
-SPEC_FILE = "spec.toml"
+SPEC_FILE, LOCK_FILE = "spec.toml", "lock"
 _PACKAGES = ("torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 # What decides the trajectory; a run that continues must not change it.
 _FIXED_SECTIONS = ("seed", "model", "attention", "experts", "diffusion", "data")
@@ -36,7 +39,8 @@ class RunFolder:
 
     def check_usable(self) -> None:
         """Raise UserError if the folder holds something else than a run, or cannot be written; leaves no trace."""
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / SPEC_FILE).is_file():
+        found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        if found - {LOCK_FILE} and SPEC_FILE not in found:
             raise UserError(f"{self.path} holds files that are not a run's; choose another --output")
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         try:
@@ -47,8 +51,30 @@ class RunFolder:
                 f"cannot write the run to {self.path}: {existing}: {error.strerror}; choose another --output"
             ) from None
 
-    def find_checkpoint(self, resume: str) -> tuple[Path, CheckpointManifest] | None:
-        """Where to continue: the newest whole checkpoint, the one named, or None for a fresh start.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Inside, no other run writes here; for rank 0 alone.
+
+        Raises:
+            UserError: Another run does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK_FILE).open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"another run is writing to {self.path}: {file.read().strip()}; wait for it, or choose another "
+                    "--output"
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
+
+    def find_checkpoints(self, resume: str) -> list[tuple[Path, CheckpointManifest]]:
+        """Where to continue: whole checkpoints, newest first, or the one named; none for a fresh start.
 
         Args:
             resume: "auto", "never", or the path of a checkpoint.
@@ -63,33 +89,40 @@ class RunFolder:
                         "overwrite; choose another --output"
                     )
                 if found == wanted:
-                    return found, manifest
+                    return [(found, manifest)]
             raise UserError(
                 f"--resume {resume} is not a whole checkpoint; see {self.checkpoints}, or use --resume auto"
             )
         found_all = whole_checkpoints(self.checkpoints)
-        if resume == "auto":
-            return found_all[-1] if found_all else None
-        if found_all:
+        if resume == "never" and found_all:
             raise UserError(
                 f"{self.path} already holds a run with {len(found_all)} checkpoints, which --resume never would "
                 "overwrite; choose another --output, or continue it with --resume auto"
             )
-        return None
+        return found_all[::-1]
 
-    def write_description(self, spec: RunSpec, engine: EngineConfig) -> None:
-        """Write spec.toml, engine.json and environment.json; for rank 0 alone."""
+    def describe(self, spec: RunSpec, engine: EngineConfig) -> dict[str, bytes]:
+        """Write spec.toml, engine.json and environment.json, and return them by name; for rank 0 alone."""
         self.samples.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
-        (self.path / SPEC_FILE).write_text(spec.to_toml(), encoding="utf-8")
-        for name, values in (("engine.json", engine.values), ("environment.json", _environment(engine))):
-            (self.path / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        files = {
+            SPEC_FILE: spec.to_toml(),
+            "engine.json": json.dumps(engine.values, indent=2) + "\n",
+            "environment.json": json.dumps(_environment(engine), indent=2) + "\n",
+        }
+        for name, text in files.items():
+            (self.path / name).write_text(text, encoding="utf-8")
+        return {name: text.encode() for name, text in files.items()}
 
 
 def check_same_run(
-    path: Path, manifest: CheckpointManifest, spec: RunSpec, engine: EngineConfig, dataset_fingerprint: str
-) -> None:
-    """Raise UserError with a table of differences if the checkpoint belongs to another run than this one."""
+    path: Path, manifest: CheckpointManifest, spec: RunSpec, dataset_fingerprint: str, allow_changes: bool
+) -> list[str]:
+    """How the run that the checkpoint belongs to differs from this one, a line each.
+
+    Raises:
+        UserError: It does, and that is not allowed.
+    """
     saved, wanted = flatten(manifest.spec), flatten(spec.model_dump(mode="json"))
     differences = [
         f"  {key}: {saved.get(key)} in the checkpoint, {wanted.get(key)} now"
@@ -98,16 +131,12 @@ def check_same_run(
     ]
     if manifest.dataset_fingerprint != dataset_fingerprint:
         differences.append(f"  dataset: {manifest.dataset_fingerprint[:12]} then, {dataset_fingerprint[:12]} now")
-    for name in ("num_ranks", "expert_parallel_size"):
-        if getattr(manifest, name) != getattr(engine, name):
-            differences.append(f"  {name}: {getattr(manifest, name)} in the checkpoint, {getattr(engine, name)} now")
-    if manifest.zero_stage != engine.zero_stage:
-        differences.append(f"  ZeRO stage: {manifest.zero_stage} in the checkpoint, {engine.zero_stage} now")
-    if differences:
+    if differences and not allow_changes:
         raise UserError(
             f"{path} cannot be continued with what is asked for now:\n" + "\n".join(differences) + "\n"
-            "  restore these, or start another run with another --output"
+            "  restore these, start another run with another --output, or mean it: --allow_changes"
         )
+    return differences
 
 
 def _environment(engine: EngineConfig) -> dict[str, Any]:

@@ -26,24 +26,39 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[
 
     `function` and `args` must be importable and picklable. What ranks print goes nowhere.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes, processes = [], []
-    for rank in range(num_ranks):
-        receiving, sending = _context.Pipe(duplex=False)
-        process = _context.Process(target=_enter, args=(sending, rank, num_ranks, port, function, args))
-        process.start()
-        sending.close()
-        pipes.append(receiving)
-        processes.append(process)
-    try:
-        return [_receive(pipe, rank) for rank, pipe in enumerate(pipes)]
-    finally:
-        for process in processes:
+    with Ranks(num_ranks, function, *args) as ranks:
+        return ranks.results()
+
+
+class Ranks:
+    """The processes of a group, running. A context: none outlives it."""
+
+    def __init__(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(num_ranks):
+            receiving, sending = _context.Pipe(duplex=False)
+            process = _context.Process(target=_enter, args=(sending, rank, num_ranks, port, function, args))
+            process.start()
+            sending.close()
+            self.pipes.append(receiving)
+            self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
+                process.join()
+
+    def results(self) -> list[Any]:
+        """What the function has returned, by rank; raises if a rank has died."""
+        return [_receive(pipe, rank) for rank, pipe in enumerate(self.pipes)]
 
 
 def train(*arguments: str | Path) -> int:

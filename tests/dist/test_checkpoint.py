@@ -8,12 +8,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from tests.dist.ranks import run_ranks, train
-from tests.dist.test_training import DS_CONFIGS, TINY
 
 from launcher.run import main as launch
 from mdseq.cli import main as mdseq
 from mdseq.engine.checkpoint import remove_old_checkpoints, whole_checkpoints
+from mdseq.report.metrics import read_metrics
+from mdseq.spec import CheckpointSpec
+from tests.dist.ranks import run_ranks, train
+from tests.dist.test_training import DS_CONFIGS, TINY
 
 SHORT = [*TINY, "schedule.steps=4", "checkpoint.interval_steps=2", "data.micro_batch_size=2"]
 
@@ -59,7 +61,7 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(copied):
     checkpoints = copied / "checkpoints"
     shutil.copytree(checkpoints / "step-00000004", checkpoints / "step-00000006.partial")
     assert steps(copied) == [2, 4]
-    remove_old_checkpoints(checkpoints, keep_last=1)
+    remove_old_checkpoints(checkpoints, CheckpointSpec(keep_last=1))
     assert [path.name for path in checkpoints.iterdir()] == ["step-00000004"]
 
 
@@ -69,7 +71,6 @@ def test_what_a_killed_save_left_is_no_checkpoint_and_is_removed(copied):
         (["model.num_heads=4"], "model.num_heads: 2 in the checkpoint, 4 now"),
         (["seed=5"], "seed: 0 in the checkpoint, 5 now"),
         (["--resume", "never"], "already holds a run with 2 checkpoints"),
-        (["--ds_config", str(DS_CONFIGS / "zero2.json")], "ZeRO stage: 1 in the checkpoint, 2 now"),
     ],
 )
 def test_another_run_does_not_continue_this_one(copied, text_dataset, capsys, changes, expected):
@@ -168,3 +169,30 @@ def test_report_draws_the_run(copied, capsys):
     assert mdseq(["report", str(copied)]) == 0
     assert "at step 1," in capsys.readouterr().out
     assert (copied / "report.png").stat().st_size > 10_000
+
+
+def test_checkpoints_are_kept_by_age_by_step_and_by_held_out_loss(text_dataset, tmp_path):
+    more = ["checkpoint.interval_steps=1", "report.valid_interval_steps=1", "schedule.steps=10"]
+    keep = ["checkpoint.keep_last=1", "checkpoint.keep_every_steps=4", "checkpoint.keep_best=2"]
+    arguments = ["--ds_config", DS_CONFIGS / "cpu.json", "--data", text_dataset, "--output", tmp_path / "run"]
+    assert run_ranks(1, train, *arguments, *SHORT, *more, *keep) == [0]
+    losses = {line["step"]: line["valid_loss"] for line in read_metrics(tmp_path / "run")}
+    assert len(losses) == 10
+    best = set()
+    for step in range(1, 11):  # what is not among the best when it is saved does not stay to be judged again
+        best = set(sorted(best | {step}, key=losses.__getitem__)[:2])
+    assert set(steps(tmp_path / "run")) == {4, 8, 10} | best
+
+
+def test_the_held_out_loss_is_the_same_however_it_is_spread_and_leaves_no_trace(text_dataset, tmp_path):
+    common = ["schedule.steps=4", "report.log_interval_steps=1", "data.micro_batch_size=1"]
+    for name, ranks, ds_config, interval in (("a", 1, "cpu", 2), ("b", 2, "zero3_experts", 2), ("c", 1, "cpu", 0)):
+        arguments = ["--ds_config", DS_CONFIGS / f"{ds_config}.json", "--data", text_dataset]
+        more = [*TINY, *common, f"report.valid_interval_steps={interval}"]
+        assert run_ranks(ranks, train, *arguments, "--output", tmp_path / name, *more) == [0] * ranks
+    a, b, c = (read_metrics(tmp_path / name) for name in "abc")
+    assert [line["step"] for line in a if "valid_loss" in line] == [2, 4]
+    for mine, theirs in zip(a[1::2], b[1::2], strict=True):
+        assert mine["valid_loss"] == pytest.approx(theirs["valid_loss"], rel=1e-5)
+    assert [line["loss"] for line in a] == [line["loss"] for line in c]
+    assert not any("valid_loss" in line for line in c)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.dist.ranks import run_ranks
 
 from mdseq.data.batch import Batch, StepTotals
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.engine.config import load_engine_config
 from mdseq.engine.ema import WeightAverage
-from mdseq.engine.weights import gathered_weights, master_partitions
+from mdseq.engine.partitions import Partition, partitions_of
 from mdseq.spec import RunSpec, load_spec
+from tests.dist.ranks import run_ranks
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 VOCAB, ROWS, LENGTH = 50, 4, 24
@@ -66,29 +66,43 @@ def build(ds_config: str, num_ranks: int, top_k: int = 2):
     return build_engine(objective, config), plain
 
 
-def train_and_gather(ds_config: str, num_ranks: int) -> dict:
-    """Five steps, then the whole weights and their average, with the number of master elements of this rank."""
+def train_and_show(ds_config: str, num_ranks: int) -> dict:
+    """Five steps, then this rank's pieces of the weights and of their average."""
     import torch.distributed as dist
 
     engine, _ = build(ds_config, num_ranks)
-    average = WeightAverage(engine, decay=0.6)
+    partitions = partitions_of(engine)
+    average = WeightAverage(partitions, decay=0.6)
     for step in range(5):
         rank, share = dist.get_rank(), ROWS // num_ranks
         for first in range(rank * share, (rank + 1) * share, 2):
             engine.backward(engine(rows(first, 2, step, micro_batches=2)))
             engine.step()
         average.update(step)
-    weights = {name: weight.clone() for name, weight in gathered_weights(engine)}
-    with average.in_place_of_weights():
-        averaged = {name: weight.clone() for name, weight in gathered_weights(engine)}
-    again = {name: weight.clone() for name, weight in gathered_weights(engine)}
     return {
-        "weights": weights,
-        "average": averaged,
-        "restored": all(torch.equal(weights[name], again[name]) for name in weights),
-        "num_masters": sum(part.numel() for part in master_partitions(engine)),
+        "weights": [cut(one, one.weights) for one in partitions],
+        "average": [cut(one, values) for one, values in zip(partitions, average.values, strict=True)],
         "grad_norm": float(engine.get_global_grad_norm()),
     }
+
+
+def cut(partition: Partition, flat: torch.Tensor) -> list[tuple[str, int, torch.Tensor]]:
+    """Each piece's name, start and values."""
+    return [
+        (piece.name, piece.start, flat[piece.offset : piece.offset + piece.numel].clone()) for piece in partition.pieces
+    ]
+
+
+def assembled(results: list[dict], which: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Whole weights of the pieces of all ranks, which must hold each value once."""
+    whole = {name: torch.zeros(shape).flatten() for name, shape in shapes.items()}
+    count = {name: torch.zeros(shape).flatten() for name, shape in shapes.items()}
+    for result in results:
+        for name, start, values in (piece for pieces in result[which] for piece in pieces):
+            whole[name][start : start + len(values)] = values
+            count[name][start : start + len(values)] += 1
+    assert all((seen == 1).all() for seen in count.values())
+    return {name: whole[name].view(shape) for name, shape in shapes.items()}
 
 
 def train_plainly() -> tuple[dict, dict, float]:
@@ -113,18 +127,14 @@ def train_plainly() -> tuple[dict, dict, float]:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_weights_their_average_and_the_gradient_norm_equal_plain_pytorch(ds_config, num_ranks):
     weights, average, norm = train_plainly()
-    results = run_ranks(num_ranks, train_and_gather, ds_config, num_ranks)
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    results = run_ranks(num_ranks, train_and_show, ds_config, num_ranks)
+    for which, expected in (("weights", weights), ("average", average)):
+        found = assembled(results, which, shapes)
+        for name in shapes:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
     for result in results:
-        assert result["weights"].keys() == weights.keys()
-        for name in weights:
-            torch.testing.assert_close(result["weights"][name], weights[name], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(result["average"][name], average[name], rtol=1e-4, atol=1e-5)
-        assert result["restored"]
         assert result["grad_norm"] == pytest.approx(norm, rel=1e-4)
-    # No rank holds more than its share: all ranks together hold each weight once, but for padding.
-    held = sum(result["num_masters"] for result in results)
-    total = sum(weight.numel() for weight in weights.values())
-    assert total <= held <= total + 64
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:

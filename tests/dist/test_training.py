@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.dist.ranks import run_ranks, train
 
+from mdseq.engine.partitions import MOMENTS
+from mdseq.model.pieces import PiecedWeights
+from mdseq.model.saved import RANK_FILES
 from mdseq.report.metrics import read_metrics
+from tests.dist.ranks import run_ranks, train
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 
@@ -42,8 +44,10 @@ def losses(run_folder: Path) -> torch.Tensor:
     return torch.tensor([line["loss"] for line in read_metrics(run_folder)], dtype=torch.float64)
 
 
-def weights(run_folder: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run_folder / "checkpoints" / f"step-{step:08d}" / "model" / "weights.safetensors")
+def state(run_folder: Path, step: int, which: str = "average") -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint: "weights", their "average", or one of Adam's moments."""
+    with PiecedWeights(sorted((run_folder / "checkpoints" / f"step-{step:08d}").glob(RANK_FILES))) as saved:
+        return {name: saved.whole(which, name, shape) for name, shape in saved.shapes().items()}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +75,8 @@ def test_every_way_to_spread_a_run_gives_the_same_losses_and_weights(
 ):
     other = run(text_dataset, tmp_path / "run", num_ranks, ds_config, f"data.micro_batch_size={micro_batch_size}")
     torch.testing.assert_close(losses(other), losses(one_rank), rtol=1e-5, atol=1e-5)
-    expected = weights(one_rank, 20)
-    for name, weight in weights(other, 20).items():
+    expected = state(one_rank, 20)
+    for name, weight in state(other, 20).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -101,16 +105,10 @@ def test_a_resumed_run_equals_one_run_bit_for_bit(text_dataset, tmp_path, num_ra
     assert read_metrics(stopped)[-1]["step"] == 8
     assert [line["step"] for line in read_metrics(stopped)] == list(range(1, 9))
     assert torch.equal(losses(stopped), losses(whole))
-    expected = weights(whole, 8)
-    for name, weight in weights(stopped, 8).items():
-        assert torch.equal(weight, expected[name]), name
-    for rank in range(num_ranks):
-        average = [
-            torch.load(folder / "checkpoints" / "step-00000008" / f"average-rank-{rank:04d}.pt", weights_only=True)
-            for folder in (whole, stopped)
-        ]
-        for mine, theirs in zip(average[0]["average"], average[1]["average"], strict=True):
-            assert torch.equal(mine, theirs)
+    for which in ("weights", "average", *MOMENTS):
+        expected = state(whole, 8, which)
+        for name, values in state(stopped, 8, which).items():
+            assert torch.equal(values, expected[name]), f"{which} of {name}"
 
 
 def test_pairs_train_in_bf16_and_show_samples(pair_dataset, tmp_path):

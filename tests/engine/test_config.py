@@ -119,6 +119,12 @@ def test_the_stage_must_be_one_to_three(tmp_path: Path, stage: object) -> None:
     assert f"zero_optimization.stage = {json.dumps(stage)} must be 1, 2 or 3" in problem
 
 
+@pytest.mark.parametrize("section", ["offload_optimizer", "offload_param"])
+def test_the_averaged_weights_must_be_at_hand(tmp_path: Path, section: str) -> None:
+    _, problem = problems(tmp_path, {"zero_optimization": {"stage": 3, section: {"device": "nvme"}}})
+    assert f'{section}.device = "nvme"' in problem
+
+
 def test_gradients_must_keep_their_order(tmp_path: Path) -> None:
     _, problem = problems(tmp_path, {"zero_optimization": {"stage": 2, "round_robin_gradients": True}})
     assert "round_robin_gradients" in problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,7 @@ from mdseq.spec import load_spec, preset_names
 if TYPE_CHECKING:
     from mdseq.train.start import RunPlan
 
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,18 +38,43 @@ def main(arguments: Sequence[str]) -> int:
     if plan is None:
         return 0
 
+    from mdseq.train.guard import TrainingDiverged
+    from mdseq.train.signals import stop_status
     from mdseq.train.start import train
 
     try:
-        train(plan)
+        signal_number = train(plan)
     except UserError as error:  # of this rank alone, perhaps
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except KeyboardInterrupt:
+    except TrainingDiverged as error:
         if rank == 0:
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
-    return 0
+            print(f"error: {error}; {_where_to_go_on(plan)}", file=sys.stderr, flush=True)
+        return EXIT_DIVERGED
+    except MemoryError as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_OUT_OF_MEMORY
+    except KeyboardInterrupt:  # before the first step
+        return stop_status(signal.SIGINT)
+    if not signal_number:
+        return 0
+    if rank == 0:
+        name = signal.Signals(signal_number).name
+        print(f"stopped by {name}; the same command continues", file=sys.stderr, flush=True)
+    return stop_status(signal_number)
+
+
+def _where_to_go_on(plan: RunPlan) -> str:
+    """What is left of a run that has diverged."""
+    from mdseq.engine.checkpoint import whole_checkpoints
+
+    checkpoints = whole_checkpoints(plan.run.checkpoints)
+    if not checkpoints:
+        return "there is no checkpoint yet; lower optimiser.learning_rate, or look at the rows named above"
+    return (
+        f"the last good checkpoint is {checkpoints[-1][0]}; continue it into another --output with a lower "
+        "optimiser.learning_rate, or look at the rows named above"
+    )
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -66,10 +91,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="continue the newest checkpoint of the run folder"
     )
+    parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="continue a checkpoint of another spec or dataset, if its weights fit",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # options may stand between overrides
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -98,7 +128,7 @@ def _plan(options: argparse.Namespace, show: bool) -> RunPlan | None:
 
     name = options.spec.stem if options.spec is not None else "default"
     output = options.output if options.output is not None else Path("runs") / name
-    return plan_run(resolved.spec, engine, output, options.resume)
+    return plan_run(resolved.spec, engine, output, options.resume, options.allow_changes)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,21 @@ class CheckpointSpec(Section):
 
     interval_steps: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep_last: Positive = Field(2, description="checkpoints kept")
+    keep_every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="also keep those of every so many steps; 0 for none"
+    )
+    keep_best: Annotated[int, Field(ge=0)] = Field(0, description="also keep so many with the lowest held-out loss")
+    background: bool = Field(True, description="write while training goes on; takes memory for one copy of the state")
+
+
+class GuardSpec(Section):
+    """What not to let happen to a run."""
+
+    spike_factor: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="skip steps whose loss or gradient norm exceeds so many times the median of late; 0 for none"
+    )
+    max_skipped: Positive = Field(20, description="steps skipped in a row, beyond which the run stops")
+    hang_seconds: Positive = Field(600, description="time without a step, after the first, that ends the run")
 
 
 class ReportSpec(Section):
@@ -277,6 +292,10 @@ class ReportSpec(Section):
 
     log_interval_steps: Positive = Field(10, description="steps between progress lines and metrics")
     sample_interval_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps between samples; 0 for none")
+    valid_interval_steps: Annotated[int, Field(ge=0)] = Field(
+        1000, description="steps between losses of held-out rows, if the dataset has any; 0 for none"
+    )
+    valid_rows: Positive = Field(64, description="held-out rows, rounded up to whole batches")
     num_samples: Positive = Field(2, description="texts per sample")
     sample_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens per sample of a model of texts")
     sample_solver_steps: Positive = Field(20, description="denoiser calls per sample")
@@ -294,11 +313,16 @@ class RunSpec(Section):
     optimiser: OptimiserSpec = OptimiserSpec()
     schedule: ScheduleSpec = ScheduleSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    guard: GuardSpec = GuardSpec()
     report: ReportSpec = ReportSpec()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        problems = [*self._samples_of_too_many_steps(), *self._heads_that_do_not_divide()]
+        problems = [
+            *self._samples_of_too_many_steps(),
+            *self._heads_that_do_not_divide(),
+            *self._checkpoints_that_cannot_be_judged(),
+        ]
         if problems:
             raise ValidationError.from_exception_data(
                 "RunSpec",
@@ -311,6 +335,15 @@ class RunSpec(Section):
             yield (
                 f"report.sample_solver_steps = {self.report.sample_solver_steps} must be at most "
                 f"diffusion.num_timesteps = {self.diffusion.num_timesteps}; lower it, or set sample_interval_steps = 0"
+            )
+
+    def _checkpoints_that_cannot_be_judged(self) -> Iterator[str]:
+        saved, judged = self.checkpoint.interval_steps, self.report.valid_interval_steps
+        if self.checkpoint.keep_best and (not judged or saved % judged):
+            yield (
+                f"checkpoint.keep_best needs a held-out loss at every checkpoint, and report.valid_interval_steps = "
+                f"{judged} does not divide checkpoint.interval_steps = {saved}; change one of them, or set "
+                "keep_best = 0"
             )
 
     def _heads_that_do_not_divide(self) -> Iterator[str]:

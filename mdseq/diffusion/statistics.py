@@ -39,10 +39,15 @@ class LossStatistics:
         counts.index_add_(0, level, counted_bm.flatten().float())
 
     def take(self) -> dict[str, float]:
-        """Means of the tally, by now the sum over all ranks: each part, and "noise_level_i" where it was met."""
+        """Means of the tally, by now the sum over all ranks: each part, and "noise_level_i" where it was met.
+
+        Nothing, if nothing was added.
+        """
         values = self.tally.tolist()
         self.tally.zero_()
         micro_batches = values[len(PARTS)]
+        if not micro_batches:
+            return {}
         means = {name: values[i] / micro_batches for i, name in enumerate(PARTS)}
         sums, counts = values[len(PARTS) + 1 : -NUM_NOISE_LEVELS], values[-NUM_NOISE_LEVELS:]
         levels = {f"noise_level_{i}": sums[i] / counts[i] for i in range(NUM_NOISE_LEVELS) if counts[i]}

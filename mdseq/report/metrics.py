@@ -2,8 +2,9 @@
 
 `metrics.jsonl` keys: step; loss, denoising, anchor, rounding, balance, router_z (means since the last line, 0 for what
 the loss lacks); noise_level_0 .. noise_level_9 (mean loss of the documents whose t fell into that tenth of [0, T);
-absent where none did); tokens (real ones since the start), tokens_per_second, grad_norm, learning_rate, peak_memory_gib
-(of rank 0 so far); and expert_load (a list a layer of each expert's share of assignments; empty without experts).
+absent where none did); valid_loss (of held-out rows, where it was computed); tokens (real ones since the start),
+tokens_per_second, grad_norm, skipped_steps (so far), learning_rate, peak_memory_gib (of rank 0 so far); and expert_load
+(a list a layer of each expert's share of assignments; empty without experts).
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mdseq.files import write_whole
+
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_DIR = "tensorboard"
 _SECTIONS = {
-    **dict.fromkeys(("loss", "denoising", "anchor", "rounding", "balance", "router_z"), "loss"),
-    **dict.fromkeys(("grad_norm", "learning_rate"), "optimiser"),
+    **dict.fromkeys(("loss", "denoising", "anchor", "rounding", "balance", "router_z", "valid_loss"), "loss"),
+    **dict.fromkeys(("grad_norm", "learning_rate", "skipped_steps"), "optimiser"),
     **dict.fromkeys(("tokens", "tokens_per_second", "peak_memory_gib"), "throughput"),
 }
 
@@ -28,9 +31,8 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         kept = [line for line in read_metrics(run_dir) if line["step"] <= first_step]
-        self._file = (run_dir / METRICS_FILE).open("w", encoding="utf-8")
-        for line in kept:
-            self._write_line(line)
+        write_whole(run_dir / METRICS_FILE, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / TENSORBOARD_DIR), purge_step=first_step + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:

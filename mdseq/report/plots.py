@@ -40,6 +40,9 @@ def _plot_loss(axis: Axes, metrics: list[dict[str, Any]]) -> None:
         if not any(line[name] for line in metrics):
             continue
         axis.plot(steps, [line[name] for line in metrics], style, label=name, linewidth=1.5)
+    held_out = [(line["step"], line["valid_loss"]) for line in metrics if "valid_loss" in line]
+    if held_out:
+        axis.plot(*zip(*held_out, strict=True), "o", label="held-out loss", markersize=4)
     axis.set(xlabel="step", ylabel="per target token", title="loss", ylim=(0, None))
     axis.legend()
     axis.grid(alpha=0.3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,30 @@ import torch.distributed as dist
 from mdseq.data.format import Kind
 from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
-from mdseq.engine.checkpoint import CheckpointManifest, remove_old_checkpoints, save_checkpoint
+from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, remove_old_checkpoints
 from mdseq.generate.prompts import Length, Prompt
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.generate.text import TextGenerator
-from mdseq.model.saved import ModelConfig
+from mdseq.model.saved import CONFIG_FILE, ModelConfig
 from mdseq.report.metrics import MetricsWriter
+from mdseq.train.held_out import Probe, Validation
 from mdseq.train.loop import Trainer
 from mdseq.train.run_folder import RunFolder
+
+
+class ValidationHook:
+    """Every few steps and at the end: the loss of held-out rows. Before the other hooks, which note it."""
+
+    def __init__(self, validation: Validation, interval_steps: int) -> None:
+        self.validation = validation
+        self.interval_steps = interval_steps
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.interval_steps == 0 or trainer.is_last_step:
+            trainer.valid_loss = self.validation.loss(trainer)
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class MetricsHook:
@@ -36,8 +53,8 @@ class MetricsHook:
         if self._started is None:  # the first step's time is start-up
             self._started = (time.monotonic(), trainer.tokens, trainer.step)
             self._since = self._started
-        last = trainer.step == trainer.spec.schedule.steps
-        if trainer.step % self.interval_steps and not last and trainer.step != 1:
+        due = trainer.step % self.interval_steps == 0 or trainer.step == 1 or trainer.is_last_step
+        if not due and trainer.valid_loss is None:
             return
         statistics = trainer.objective.statistics
         dist.all_reduce(statistics.tally)
@@ -47,14 +64,16 @@ class MetricsHook:
         now = time.monotonic()
         seconds, tokens = now - self._since[0], trainer.tokens - self._since[1]
         self._since = (now, trainer.tokens, trainer.step)
-        if self.writer is None:
+        if self.writer is None or not means:  # no step since the last report was taken
             return
         metrics = {
             "step": trainer.step,
             **means,
+            **({} if trainer.valid_loss is None else {"valid_loss": trainer.valid_loss}),
             "tokens": trainer.tokens,
             "tokens_per_second": tokens / seconds if seconds and tokens else 0.0,
-            "grad_norm": float(trainer.engine.get_global_grad_norm()),
+            "grad_norm": trainer.guard.gradient_norm,
+            "skipped_steps": trainer.guard.skipped,
             "learning_rate": trainer.learning_rate,
             "peak_memory_gib": _peak_memory_bytes(trainer.device) / 2**30,
             "expert_load": load,
@@ -75,7 +94,8 @@ class MetricsHook:
         load = max((max(share) * len(share) for share in metrics["expert_load"]), default=0.0)
         print(
             f"step {trainer.step:>{len(str(steps))}}/{steps}  loss {metrics['loss']:.4f}  "
-            f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
+            + (f"valid {metrics['valid_loss']:.4f}  " if "valid_loss" in metrics else "")
+            + f"grad {metrics['grad_norm']:.2f}  lr {metrics['learning_rate']:.2e}  "
             + (f"busiest expert {load:.2f}x  " if load else "")
             + (pace if taken else "")
             + f"{metrics['peak_memory_gib']:.1f} GiB  {left}",
@@ -84,34 +104,57 @@ class MetricsHook:
 
 
 class CheckpointHook:
-    """Saves every few steps and at the end; keeps the newest."""
+    """Saves every few steps and at the end; keeps the newest.
 
-    def __init__(self, run: RunFolder, manifest: CheckpointManifest, model: ModelConfig, tokenizer: Path) -> None:
+    Args:
+        run: Where to.
+        writer: Of checkpoints.
+        manifest: What each one says of the run.
+        model: And of its weights.
+        probe: Whose loss it notes.
+        files: More to put in, by name.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        writer: CheckpointWriter,
+        manifest: CheckpointManifest,
+        model: ModelConfig,
+        probe: Probe,
+        files: Mapping[str, bytes],
+    ) -> None:
         self.run = run
+        self.writer = writer
         self.manifest = manifest
         self.model = model
-        self.tokenizer = tokenizer
+        self.probe = probe
+        self.files = files
+        self._stalled = 0.0
 
     def after_step(self, trainer: Trainer) -> None:
-        checkpoint = trainer.spec.checkpoint
-        if trainer.step % checkpoint.interval_steps and trainer.step != trainer.spec.schedule.steps:
-            return
+        checkpoint, last = trainer.spec.checkpoint, trainer.is_last_step
         started = time.monotonic()
-        path = save_checkpoint(
-            self.run.checkpoints,
-            trainer.engine,
-            trainer.average,
-            trainer.state_dict(),
-            self.manifest.at_step(trainer.step),
-            self.model.at_step(trainer.step),
-            self.tokenizer,
+        self._announce(self.writer.complete(), trainer)
+        if trainer.step % checkpoint.interval_steps and not last:
+            return
+        self._announce(self.writer.finish(), trainer)
+        manifest = replace(
+            self.manifest, step=trainer.step, probe_loss=self.probe.loss(trainer), valid_loss=trainer.valid_loss
         )
-        if dist.get_rank() == 0:
-            remove_old_checkpoints(self.run.checkpoints, checkpoint.keep_last)
-            print(f"saved {path} in {time.monotonic() - started:.1f} s", flush=True)
+        files = {**self.files, CONFIG_FILE: self.model.at_step(trainer.step).to_json().encode()}
+        self.writer.start(manifest, trainer.state_dict(), files)
+        if last or not checkpoint.background:
+            self._announce(self.writer.finish(), trainer)
+        self._stalled = time.monotonic() - started
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Nothing to release: what a failed run was writing is not a checkpoint."""
+
+    def _announce(self, path: Path | None, trainer: Trainer) -> None:
+        if path is not None and trainer.agreement.rank == 0:
+            remove_old_checkpoints(self.run.checkpoints, trainer.spec.checkpoint)
+            print(f"saved {path}", flush=True)
 
 
 class SampleHook:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +16,22 @@ from mdseq.data.lengths import LengthTable
 from mdseq.data.loader import Loader
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.engine.agreement import Agreement
 from mdseq.engine.build import build_engine, start_processes, stop_processes
-from mdseq.engine.checkpoint import CheckpointManifest, load_checkpoint
+from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, damaged_files, load_checkpoint
 from mdseq.engine.config import EngineConfig
 from mdseq.engine.ema import WeightAverage
+from mdseq.engine.partitions import partitions_of
 from mdseq.errors import UserError
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
 from mdseq.spec import RunSpec
 from mdseq.train.attention import choose_attention
-from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook
+from mdseq.train.held_out import Probe, Validation
+from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook, ValidationHook
 from mdseq.train.loop import Hook, Trainer
+from mdseq.train.memory import is_out_of_memory, memory_advice
 from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
 
@@ -36,7 +41,8 @@ class RunPlan:
     """A run that has passed every check that needs no process group.
 
     Attributes:
-        resume_from: The checkpoint to continue, or None.
+        resume_from: Checkpoints to continue, the first that is undamaged; none for a fresh start.
+        changes: How they differ from what is to be run, which has been allowed; a line each.
     """
 
     spec: RunSpec
@@ -45,11 +51,20 @@ class RunPlan:
     rows: Rows
     tokenizer: Tokenizer
     run: RunFolder
-    resume_from: Path | None
+    resume_from: list[tuple[Path, CheckpointManifest]]
+    changes: list[str]
 
 
-def plan_run(spec: RunSpec, engine: EngineConfig, output: Path, resume: str) -> RunPlan:
+def plan_run(
+    spec: RunSpec, engine: EngineConfig, output: Path, resume: str = "auto", allow_changes: bool = False
+) -> RunPlan:
     """Open the data, choose the checkpoint and check that the output can be written; writes nothing.
+
+    Args:
+        spec, engine: What to run.
+        output: The run folder.
+        resume: "auto", "never" or a checkpoint.
+        allow_changes: Continue even if the checkpoint is of another spec or dataset, as far as its weights fit.
 
     Raises:
         UserError: Whatever stands in the way.
@@ -61,29 +76,43 @@ def plan_run(spec: RunSpec, engine: EngineConfig, output: Path, resume: str) -> 
     tokenizer = Tokenizer.load(Path(spec.data.path) / TOKENIZER_FILE)
     run = RunFolder(output)
     run.check_usable()
-    found = run.find_checkpoint(resume)
-    if found is not None:
-        check_same_run(*found, spec, engine, corpus.manifest.fingerprint)
-    return RunPlan(spec, engine, corpus, rows, tokenizer, run, found[0] if found else None)
+    found = run.find_checkpoints(resume)
+    changes = check_same_run(*found[0], spec, corpus.manifest.fingerprint, allow_changes) if found else []
+    return RunPlan(spec, engine, corpus, rows, tokenizer, run, found, changes)
 
 
-def train(plan: RunPlan) -> None:
-    """Run to the end; every rank calls this."""
+def train(plan: RunPlan) -> int:
+    """Run to the end; every rank calls this.
+
+    Returns:
+        The signal that has ended the run early, or 0.
+
+    Raises:
+        UserError: A mistake that shows only now.
+        TrainingDiverged: Too many steps in a row could not be taken.
+        MemoryError: There is not enough; with what to lower.
+    """
     device = start_processes()
     try:
-        trainer = _build_trainer(plan, device)
-        trainer.run(_build_hooks(plan, trainer))
+        agreement = Agreement()
+        with agreement.on_rank_0(plan.run.lock()):
+            return _train(plan, agreement, device)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryError(memory_advice(plan.spec, plan.engine, plan.corpus.manifest.vocab_size)) from error
     finally:
         stop_processes()
 
 
-def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
+def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
     spec, corpus = plan.spec, plan.corpus
     attention = choose_attention(spec, device)
     if dist.get_rank() == 0:
         print(f"attention engine: {attention.engine} ({attention.reason})", flush=True)
     torch.manual_seed(spec.seed)  # the same initial weights on every rank
     objective = DiffusionObjective(spec, corpus.manifest.vocab_size, device)
+    shapes = {name: parameter.shape for name, parameter in objective.named_parameters()}
     engine = build_engine(objective, plan.engine)
     loader = Loader(
         corpus,
@@ -97,26 +126,59 @@ def _build_trainer(plan: RunPlan, device: torch.device) -> Trainer:
         CleanEnds.of(spec) if corpus.manifest.kind == "text" else None,
         device,
     )
-    trainer = Trainer(spec, engine, loader, WeightAverage(engine, spec.optimiser.ema_decay), device)
-    if plan.resume_from is not None:
-        trainer.load_state_dict(load_checkpoint(plan.resume_from, engine, trainer.average))
-    return trainer
+    partitions = partitions_of(engine)
+    average = WeightAverage(partitions, spec.optimiser.ema_decay)
+    trainer = Trainer(spec, engine, loader, partitions, average, agreement, device)
+    probe = Probe(corpus, plan.rows, spec, device)
+    _restore(plan, trainer, probe, shapes)
+    writer = CheckpointWriter(plan.run.checkpoints, partitions, average, shapes, agreement)
+    trainer.run(_build_hooks(plan, trainer, probe, writer))
+    return trainer.stopped_by
 
 
-def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
+def _restore(plan: RunPlan, trainer: Trainer, probe: Probe, shapes: Mapping[str, torch.Size]) -> None:
+    """Load the newest undamaged checkpoint of those that may be continued."""
+    spec, show = plan.spec, dist.get_rank() == 0
+    problem = ""
+    for path, manifest in plan.resume_from:
+        damaged = damaged_files(path, manifest, trainer.agreement)
+        if damaged:
+            problem = f"{path} is damaged, and not continued: {', '.join(damaged)} no longer what was saved"
+            if show:
+                print(problem, flush=True)
+            continue
+        trainer.load_state_dict(load_checkpoint(path, trainer.engine, trainer.partitions, trainer.average, shapes))
+        if not plan.changes:
+            probe.check(trainer, manifest.probe_loss)
+        if show:
+            moved = f" ({manifest.spread}; now {plan.engine.spread})" if manifest.spread != plan.engine.spread else ""
+            print(f"continuing {path}{moved}: step {trainer.step} of {spec.schedule.steps}", flush=True)
+            if plan.changes:
+                print("although it is of another run:\n" + "\n".join(plan.changes), flush=True)
+        return
+    if problem:
+        raise UserError(
+            f"{problem}, and there is no older one; bring the file back, or start anew with another --output"
+        )
+    if show:
+        print(f"starting {plan.run.path} from the beginning: {spec.schedule.steps} steps", flush=True)
+
+
+def _build_hooks(plan: RunPlan, trainer: Trainer, probe: Probe, checkpoints: CheckpointWriter) -> list[Hook]:
     """Metrics first, so that a checkpoint's step has been logged when it is saved."""
     spec, manifest = plan.spec, plan.corpus.manifest
     writer = None
+    files: dict[str, bytes] = {}
     if dist.get_rank() == 0:
-        plan.run.write_description(spec, plan.engine)
+        print(plan.rows.describe(), flush=True)
+        files = plan.run.describe(spec, plan.engine)
         writer = MetricsWriter(plan.run.path, trainer.step)
-        start = f"continuing {plan.resume_from}" if plan.resume_from else f"starting {plan.run.path} from the beginning"
-        print(f"{start}: step {trainer.step} of {spec.schedule.steps}\n{plan.rows.describe()}", flush=True)
+        files[TOKENIZER_FILE] = (Path(spec.data.path) / TOKENIZER_FILE).read_bytes()
     checkpoint = CheckpointManifest(
         step=trainer.step,
-        num_ranks=plan.engine.num_ranks,
-        expert_parallel_size=plan.engine.expert_parallel_size,
-        zero_stage=plan.engine.zero_stage,
+        probe_loss=0.0,
+        valid_loss=None,
+        spread=plan.engine.spread,
         dataset_fingerprint=manifest.fingerprint,
         spec=spec.model_dump(mode="json"),
     )
@@ -134,12 +196,22 @@ def _build_hooks(plan: RunPlan, trainer: Trainer) -> list[Hook]:
         condition_dropout=spec.diffusion.condition_dropout,
         lengths=lengths.to_dict(),
     )
-    tokenizer_path = Path(spec.data.path) / TOKENIZER_FILE
+    validation = _validation(plan, trainer)
     return [
+        *([ValidationHook(validation, spec.report.valid_interval_steps)] if validation else []),
         MetricsHook(writer, spec.report.log_interval_steps),
         SampleHook(plan.run, writer, plan.tokenizer, manifest.kind, lengths, _sample_sources(plan)),
-        CheckpointHook(plan.run, checkpoint, model, tokenizer_path),
+        CheckpointHook(plan.run, checkpoints, checkpoint, model, probe, files),
     ]
+
+
+def _validation(plan: RunPlan, trainer: Trainer) -> Validation | None:
+    """If it is wanted, and there are rows to hold out."""
+    spec, splits = plan.spec, plan.corpus.manifest.splits
+    if not spec.report.valid_interval_steps or "valid" not in splits or not splits["valid"].documents:
+        return None
+    held_out = Corpus.open(Path(spec.data.path), "valid")
+    return Validation(held_out, spec, dist.get_rank(), dist.get_world_size(), trainer.device)
 
 
 def _sample_sources(plan: RunPlan) -> list[str]:

@@ -1,0 +1,136 @@
+"""A run that is asked to stop saves first, one that hangs or diverges says why, on all ranks together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdseq.engine.checkpoint import whole_checkpoints
+from mdseq.report.metrics import read_metrics
+from tests.dist.ranks import Ranks, run_ranks, train
+from tests.dist.test_training import DS_CONFIGS, TINY, losses, state
+
+
+def arguments(dataset: Path, folder: Path, *more: str, ds_config: str = "zero3_experts") -> list[str | Path]:
+    return [
+        "--ds_config", DS_CONFIGS / f"{ds_config}.json", "--data", dataset, "--output", folder, *TINY,
+        "data.micro_batch_size=1", "schedule.decay=constant", *more,
+    ]  # fmt: skip
+
+
+def wait_for_steps(folder: Path, steps: int, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while len(read_metrics(folder)) < steps:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_any_rank_stops_all_after_the_step_and_nothing_is_lost(text_dataset, tmp_path, number):
+    with Ranks(2, train, *arguments(text_dataset, tmp_path / "run", "schedule.steps=100000")) as ranks:
+        wait_for_steps(tmp_path / "run", 3)
+        os.kill(ranks.processes[1].pid, number)
+        assert ranks.results() == [128 + number] * 2
+    steps = read_metrics(tmp_path / "run")[-1]["step"]
+    assert [manifest.step for _, manifest in whole_checkpoints(tmp_path / "run" / "checkpoints")] == [steps]
+
+    # It goes on as one that was never stopped.
+    for folder in ("run", "whole"):
+        more = (f"schedule.steps={steps + 2}",)
+        assert run_ranks(2, train, *arguments(text_dataset, tmp_path / folder, *more)) == [0, 0]
+    assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+
+
+def test_a_second_signal_stops_at_once(text_dataset, tmp_path):
+    """Here while the first waits for a step that does not end."""
+    options = arguments(text_dataset, tmp_path / "run", "schedule.steps=100000")
+    with Ranks(2, train_and_hang, *options) as ranks:
+        wait_for_steps(tmp_path / "run", 4)
+        time.sleep(0.5)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        time.sleep(3.5)
+        os.kill(ranks.processes[0].pid, signal.SIGTERM)
+        ranks.processes[0].join(10)
+        assert ranks.processes[0].exitcode == 128 + signal.SIGTERM
+        ranks.processes[1].kill()
+    assert whole_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def train_and_hang(*options: str | Path, errors: str = "") -> int:
+    """Rank 1 does not come back from reading its fifth step."""
+    from mdseq.data.loader import Loader
+
+    read = Loader.micro_batches
+
+    def sleepy(self, step):
+        if step == 4 and self.rank == 1:
+            time.sleep(1000)
+        return read(self, step)
+
+    Loader.micro_batches = sleepy
+    return train(*options)
+
+
+def train_and_hang_loudly(errors: str, *options: str | Path) -> int:
+    with open(f"{errors}-{os.environ['RANK']}", "w", buffering=1) as file:
+        os.dup2(file.fileno(), 2)
+    return train_and_hang(*options)
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
+    options = arguments(text_dataset, tmp_path / "run", "schedule.steps=100000", "guard.hang_seconds=4")
+    with Ranks(2, train_and_hang_loudly, str(tmp_path / "errors"), *options) as ranks:
+        for process in ranks.processes:
+            process.join(60)
+        assert 5 in [process.exitcode for process in ranks.processes]
+    told = "".join((tmp_path / f"errors-{rank}").read_text() for rank in range(2))
+    assert "error: no step for 4 s (guard.hang_seconds)" in told
+    assert "rank 1 is not waiting for the others: it is at" in told
+    assert "sleepy" in told
+    assert "rank 0 is not waiting" not in told
+
+
+def train_poisoned(steps: list[int], what: str, *options: str | Path) -> int:
+    """At some steps rank 1 computes a loss, or a gradient, that is no number or far too large."""
+    from mdseq.diffusion.objective import DiffusionObjective
+
+    forward = DiffusionObjective.forward
+
+    def poisoned(self, batch):
+        loss = forward(self, batch)
+        if batch.step in steps and os.environ["RANK"] == "1":
+            factor = {"nan": torch.nan, "inf": torch.inf, "spike": 1000.0}[what]
+            return loss * factor
+        return loss
+
+    DiffusionObjective.forward = poisoned
+    return train(*options)
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3_experts"])
+@pytest.mark.parametrize("what", ["nan", "inf", "spike"])
+def test_a_bad_step_is_skipped_by_all_ranks_and_leaves_no_trace(text_dataset, tmp_path, ds_config, what):
+    """The weights after it are those before it, and the steps that follow are sound."""
+    common = ("schedule.steps=26", "checkpoint.interval_steps=1", "checkpoint.keep_last=30")
+    options = arguments(text_dataset, tmp_path / "run", *common, ds_config=ds_config)
+    assert run_ranks(2, train_poisoned, [23], what, *options) == [0, 0]
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "run")}
+    assert 24 not in lines  # nothing to report of it
+    assert [lines[step]["skipped_steps"] for step in (23, 25)] == [0, 1]
+    assert all(torch.isfinite(losses(tmp_path / "run")))
+    for which in ("weights", "average", "exp_avg", "exp_avg_sq"):
+        before, after, later = (state(tmp_path / "run", step, which) for step in (23, 24, 25))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert not all(torch.equal(after[name], later[name]) for name in before)
+
+
+def test_divergence_stops_the_run_with_a_status_of_its_own(text_dataset, tmp_path):
+    more = ("schedule.steps=100", "guard.max_skipped=3", "checkpoint.interval_steps=4")
+    options = arguments(text_dataset, tmp_path / "run", *more)
+    assert run_ranks(2, train_poisoned, list(range(6, 100)), "nan", *options) == [3, 3]
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 6

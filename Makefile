@@ -21,6 +21,7 @@ endif
 TORCH ?= torch>=2.11
 PYTHON ?= python3
 
+PYTEST_ARGS ?= -m 'not slow'
 SPEC ?= quickstart
 DS_CONFIG ?= ds_configs/zero3_experts.json
 RANKS ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
@@ -69,7 +70,7 @@ quickstart: $(READY)  ## from nothing to generated text: data, training on two r
 	echo "      make prep DATA=PATH_TO_YOUR_DOCUMENTS"
 	echo "      make train DATA=data/NAME SPEC=quickstart OUTPUT=runs/NAME"
 
-test: $(READY)  ## every test that this machine can run [PYTEST_ARGS="tests/data -x"]
+test: $(READY)  ## what this machine can test in minutes [PYTEST_ARGS="-m slow" for the rest, "tests/data -x" for a part]
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 prep: needs-data $(READY)  ## text to a dataset: DATA=PATH [OUT=DIR] [VOCAB=N] [FORMAT=auto|text|...] [WORKERS=N] [ARGS=...]

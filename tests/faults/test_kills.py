@@ -55,7 +55,7 @@ def test_killed_at_random_instants(undisturbed, text_dataset, tmp_path):
     for _ in range(30):
         before = newest(folder)
         with Ranks(RANKS, train, *arguments(text_dataset, folder)) as ranks:
-            time.sleep(chance.uniform(1, 6))
+            time.sleep(chance.uniform(0.5, 4))
             for process in chance.choice([ranks.processes, ranks.processes[:1], ranks.processes[1:]]):
                 process.kill()
         assert newest(folder) >= before

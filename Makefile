@@ -95,10 +95,11 @@ evaluate: needs-run $(READY)  ## how likely a run finds held-out data: RUN=DIR D
 report: needs-run $(READY)  ## summary of a run and a PNG of its curves: RUN=DIR
 	@$(BIN)/mdseq report "$$RUN"
 
-bench: $(READY)  ## data; window attention; logits of the vocabulary; long texts; quality against denoiser calls
+bench: $(READY)  ## data, attention, logits, checkpoints, long texts, quality against denoiser calls
 	@$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.vocabulary
+	$(BIN)/python -m benchmarks.checkpoints
 	$(BIN)/python -m benchmarks.generation
 	$(BIN)/python -m benchmarks.sampling
 

@@ -8,6 +8,7 @@ One process; `torch.save` and `torch.load` of the same bytes, in the same run, a
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -66,8 +67,11 @@ def main() -> None:
                 "average": average.values,
                 **{moment: [partition.moment(moment) for partition in partitions] for moment in MOMENTS},
             }
-            with timed("torch.save"):
-                torch.save(state, Path(folder) / "state.pt")
+            with timed("torch.save and fsync"), (Path(folder) / "state.pt").open("wb") as file:
+                with timed("torch.save"):
+                    torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
             with timed("torch.load"):
                 torch.load(Path(folder) / "state.pt", weights_only=True)
             trainer = {"optimiser_steps": step + 1}
@@ -85,7 +89,8 @@ def main() -> None:
     num_bytes = sum(flat.nbytes for flats in state.values() for flat in flats)
     table = Table("", "seconds", "MB/s", "x", title=f"{num_bytes / 1e6:,.0f} MB of state, median of {options.rounds}")
     for name, compared in (
-        ("torch.save", "torch.save"), ("save, in all", "torch.save"), ("save, until training goes on", "torch.save"),
+        ("torch.save", "torch.save"), ("torch.save and fsync", "torch.save"), ("save, in all", "torch.save"),
+        ("save, until training goes on", "torch.save"),
         ("torch.load", "torch.load"), ("load", "torch.load"), ("check sha256", "torch.load"),
         ("a step of 96 tokens", "torch.save"),
     ):  # fmt: skip

@@ -130,11 +130,9 @@ class CheckpointHook:
         self.model = model
         self.probe = probe
         self.files = files
-        self._stalled = 0.0
 
     def after_step(self, trainer: Trainer) -> None:
         checkpoint, last = trainer.spec.checkpoint, trainer.is_last_step
-        started = time.monotonic()
         self._announce(self.writer.complete(), trainer)
         if trainer.step % checkpoint.interval_steps and not last:
             return
@@ -146,7 +144,6 @@ class CheckpointHook:
         self.writer.start(manifest, trainer.state_dict(), files)
         if last or not checkpoint.background:
             self._announce(self.writer.finish(), trainer)
-        self._stalled = time.monotonic() - started
 
     def close(self) -> None:
         """Nothing to release: what a failed run was writing is not a checkpoint."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mdseq.engine.checkpoint import whole_checkpoints
+from mdseq.model.pieces import FileDigest
 from mdseq.report.metrics import read_metrics
 from tests.dist.ranks import Ranks, run_ranks, train
 from tests.dist.test_training import DS_CONFIGS, TINY, state
@@ -59,8 +60,8 @@ def test_killed_at_random_instants(undisturbed, text_dataset, tmp_path):
             for process in chance.choice([ranks.processes, ranks.processes[:1], ranks.processes[1:]]):
                 process.kill()
         assert newest(folder) >= before
-        for path, _ in whole_checkpoints(folder / "checkpoints"):
-            assert path.stem not in {p.stem for p in (folder / "checkpoints").glob("*.partial")}
+        for path, manifest in whole_checkpoints(folder / "checkpoints"):
+            assert {name: FileDigest.of(path / name) for name in manifest.files} == manifest.files
     assert run_ranks(RANKS, train, *arguments(text_dataset, folder)) == [0] * RANKS
     assert_equal(folder, undisturbed)
 

@@ -35,7 +35,8 @@ PUBLISHED = [
 ERROR = [*PUBLISHED, "diffusion.objective=target", "diffusion.stratified=true"]
 SOFTMAX = ["diffusion.estimate=softmax"]
 SELF = "diffusion.self_conditioning=0.5"
-# One choice away from the default each, but for the first group, which leads from the published loss to it.
+# The first group leads from the published loss, whose noise factor and reading it keeps, towards the default; each of
+# the others is one choice away from that.
 VARIANTS: dict[str, list[str]] = {
     "published, no absorbing state": [*PUBLISHED, "diffusion.absorbing=false"],
     "published": PUBLISHED,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +147,10 @@ class PairTask:
         return total / count
 
     def bound(self, model: DiffusionModel) -> Measure:
-        """The likelihood bound in nats per target token, every model read in the same way."""
+        """The likelihood bound in nats per target token, the model read as it was trained."""
         rows = ScoredRows.of(self.corpus, self.documents, row_length=2**20)
         options = LikelihoodOptions(num_levels=16, batch_size=64)
-        scorer = Scorer(replace(model, reading="posterior"), self.tokenizer, self.corpus, rows, options)
+        scorer = Scorer(model, self.tokenizer, self.corpus, rows, options)
         return scorer.score().nats_per_token
 
     def bleu(self, model: DiffusionModel, options: SamplerOptions) -> tuple[float, float]:

@@ -8,6 +8,7 @@ change: a mistake, divergence, memory, or a signal.
 from __future__ import annotations
 
 import argparse
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,10 +106,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--fruitless", type=int, default=2, metavar="N", help="in a row without a new checkpoint; default 2"
     )
-    parser.add_argument("--wait", type=float, default=10.0, metavar="SECONDS", help="before the first; default 10")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="before a restart; twice as long for each time in a row without a new checkpoint; default 10",
+    )
     parser.add_argument("--longest_wait", type=float, default=600.0, metavar="SECONDS", help="default 600")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --: what to run, with its arguments")
     options = parser.parse_args(arguments)
+    if shutil.which(options.command[0]) is None:
+        _tell(f"error: no program {options.command[0]}; give what to run after --, as in a shell")
+        return EXIT_USER_ERROR
     over = threading.Event()
     policy = Policy(options.restarts, options.fruitless, options.wait, options.longest_wait)
     supervisor = Supervisor(options.command, options.run, policy, over.wait)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.supervise import FINAL, Policy, Supervisor
+from launcher.supervise import FINAL, Policy, Supervisor, main
 
 ROOT = Path(__file__).parents[2]
 # Notes each start in a file, then does what its line of the script says: exit statuses, and "+" for a new checkpoint.
@@ -66,3 +66,8 @@ def test_a_signal_is_passed_on_and_not_answered_with_a_restart(tmp_path: Path) -
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 1
+
+
+def test_a_program_that_is_not_there_is_a_mistake(tmp_path: Path, capsys) -> None:
+    assert main(["--run", str(tmp_path), "--", "no-such-program"]) == 2
+    assert "error: no program no-such-program" in capsys.readouterr().err

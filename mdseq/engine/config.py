@@ -202,7 +202,10 @@ def _check_zero(values: dict[str, Any], problems: list[str]) -> None:
 
 
 def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_gpu: bool, problems: list[str]) -> int:
-    """Set AutoEP's keys from the spec; the ds_config only says over how many ranks to spread the experts."""
+    """Set AutoEP's keys from the spec; the ds_config only says over how many ranks to spread the experts.
+
+    Over one rank there is nothing to spread: our own layer computes the same, faster.
+    """
     section = values.get("expert_parallel")
     if section is None or section.get("enabled", True) is False:
         values.pop("expert_parallel", None)
@@ -226,4 +229,6 @@ def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_
         "use_grouped_mm": on_gpu,  # kernels of CUDA and Triton
     }
     _merge(section, _ADOPTED_LAYER | of_this_run, "expert_parallel.", problems)
+    if size == 1:
+        del values["expert_parallel"]
     return size

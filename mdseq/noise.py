@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     CONDITION = 12
     LENGTH = 13
     RESAMPLING = 14
+    SOURCE = 16
     LIKELIHOOD = 20
 
 

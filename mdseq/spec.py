@@ -173,13 +173,16 @@ class DiffusionSpec(Section):
     condition_dropout: Fraction = Field(
         0.0, description="share of documents that lose their source, so that sampling can be guided by it"
     )
+    source_dropout: Fraction = Field(
+        0.0, description="share of all source tokens that are lost, against learning few documents by heart"
+    )
 
     @model_validator(mode="after")
     def _loss_and_estimate_agree(self) -> Self:
         published: dict[str, Any] = {
             "noise_factor": 1.0, "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
             "anchor_weight": 0.0, "rounding_weight": 1.0, "estimate": "output", "normalise_embeddings": False,
-            "self_conditioning": 0.0, "condition_dropout": 0.0,
+            "self_conditioning": 0.0, "condition_dropout": 0.0, "source_dropout": 0.0,
         }  # fmt: skip
         changed = [key for key, value in published.items() if getattr(self, key) != value]
         if self.objective == "published" and changed:

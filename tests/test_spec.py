@@ -166,7 +166,7 @@ def test_non_finite_numbers_are_refused(key: str, number: str) -> None:
         "diffusion.stratified=often", "diffusion.timestep_sampling=sorted", "diffusion.objective=mine",
         "diffusion.denoising_weight=-1", "diffusion.snr_cap=-1", "diffusion.anchor_weight=-1",
         "diffusion.rounding_weight=-1", "diffusion.estimate=mean", "diffusion.self_conditioning=1.5",
-        "diffusion.self_conditioning_lag=-0.1", "diffusion.condition_dropout=2",
+        "diffusion.self_conditioning_lag=-0.1", "diffusion.condition_dropout=2", "diffusion.source_dropout=1.1",
     ],
 )  # fmt: skip
 def test_values_outside_what_is_allowed_are_refused(override: str) -> None:
@@ -232,6 +232,7 @@ OF_PUBLISHED = {
     "denoising_weight": ("1.0", "0.5"), "snr_cap": ("0.0", "5.0"), "anchor_weight": ("0.0", "1.0"),
     "rounding_weight": ("1.0", "0.0"), "estimate": ("output", "softmax"), "normalise_embeddings": ("false", "true"),
     "self_conditioning": ("0.0", "0.5"), "condition_dropout": ("0.0", "0.1"),
+    "source_dropout": ("0.0", "0.1"),
 }  # fmt: skip
 
 

@@ -83,13 +83,16 @@ class DiffusionObjective(nn.Module):
             rounded_blz = word_blz + first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
         z_0 = rounded_blz if published else word_blz
 
-        # 3. Noise the targets, z_t ~ q(z_t | z_0), and denoise. A source that is dropped is as if it had been absorbed.
+        # 3. Noise the targets, z_t ~ q(z_t | z_0), and denoise. What is dropped of a source is as if it were absorbed.
         m_z = self.absorbing()
         reader = Reader.of(diffusion.estimate, vocabulary, m_z)
         epsilon = key.normal(Purpose.DIFFUSION, length, dim)
         uniform_bl = key.uniform(Purpose.ABSORBING, length)
         dropped_bm = key.uniform(Purpose.CONDITION, batch.num_documents) <= diffusion.condition_dropout
-        dropped_bl = dropped_bm.gather(1, document_bl) & ~target_bl & documents.real_bl
+        dropped_bl = dropped_bm.gather(1, document_bl)
+        if diffusion.source_dropout:
+            dropped_bl = dropped_bl | (key.uniform(Purpose.SOURCE, length) <= diffusion.source_dropout)
+        dropped_bl = dropped_bl & ~target_bl & documents.real_bl
         clean_blz = torch.where(dropped_bl[..., None], m_z, z_0)
         clean_time_bl = dropped_bl * self.schedule.time(torch.tensor(self.schedule.last)).item()
 

@@ -28,6 +28,7 @@ SQUARED_ERROR = [
     "diffusion.denoising_weight=1.0", "diffusion.snr_cap=0.0", "diffusion.anchor_weight=0.0",
     "diffusion.rounding_weight=1.0", "diffusion.estimate=output", "diffusion.normalise_embeddings=false",
     "diffusion.self_conditioning=0.0", "diffusion.self_conditioning_lag=0.1", "diffusion.condition_dropout=0.0",
+    "diffusion.source_dropout=0.0",
 ]  # fmt: skip
 PUBLISHED = [*SQUARED_ERROR, "diffusion.objective=published"]
 ANCHOR = [*SQUARED_ERROR, "diffusion.anchor_weight=1.0"]
@@ -35,6 +36,7 @@ POSTERIOR = [*ANCHOR, "diffusion.estimate=posterior", "diffusion.denoising_weigh
 EVERYTHING = [
     *POSTERIOR, "diffusion.noise_factor=2.0", "diffusion.continuous_time=true", "diffusion.stratified=true",
     "diffusion.normalise_embeddings=true", "diffusion.self_conditioning=0.5", "diffusion.condition_dropout=0.3",
+    "diffusion.source_dropout=0.2",
 ]  # fmt: skip
 
 TINY = [

@@ -211,6 +211,20 @@ def test_the_share_of_documents_that_lose_their_source() -> None:
     assert count / 800 == pytest.approx(0.4, abs=4 * (0.24 / 800) ** 0.5)
 
 
+def test_the_share_of_source_tokens_that_are_lost() -> None:
+    """Each by itself; targets, padding and what is kept are as they were."""
+    batch = make_batch(MANY, row_length=40)
+    objective = tiny_objective("diffusion.source_dropout=0.3", *EVENLY)
+    (call,), (kept,) = calls_of(objective, batch), calls_of(tiny_objective(*EVENLY), batch)
+    source_bl = batch.documents().real_bl & ~batch.target_bl
+    lost_bl = source_bl & (call.time_bl == LAST_TIME)
+    assert (call.z_blz[lost_bl] == objective.absorbing()).all()
+    assert torch.equal(call.z_blz[~lost_bl], kept.z_blz[~lost_bl])
+    assert torch.equal(call.time_bl[~lost_bl], kept.time_bl[~lost_bl])
+    count = int(source_bl.sum())
+    assert int(lost_bl.sum()) / count == pytest.approx(0.3, abs=4 * (0.21 / count) ** 0.5)
+
+
 def test_who_is_helped_and_who_loses_the_source_are_independent() -> None:
     batch = make_batch(MANY, row_length=40)
     objective = helped(0.1, 0.5, "diffusion.condition_dropout=0.5")
@@ -224,7 +238,10 @@ def test_who_is_helped_and_who_loses_the_source_are_independent() -> None:
     assert both == pytest.approx(0.25, abs=4 * (0.19 / 800) ** 0.5)
 
 
-@pytest.mark.parametrize("overrides", [["diffusion.self_conditioning=0.5"], ["diffusion.condition_dropout=0.5"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [["diffusion.self_conditioning=0.5"], ["diffusion.condition_dropout=0.5"], ["diffusion.source_dropout=0.5"]],
+)
 def test_the_draws_do_not_depend_on_the_company(overrides: list[str]) -> None:
     """A document is helped or dropped by its seed, step, row and place."""
     objective = tiny_objective(*overrides, *EVENLY)

@@ -38,6 +38,7 @@ TARGET_OBJECTIVES = {
     "continuous time": [*ANCHOR, "diffusion.continuous_time=true"],
     "self-conditioning": [*ANCHOR, "diffusion.self_conditioning=0.5"],
     "condition dropout": [*ANCHOR, "diffusion.condition_dropout=0.5"],
+    "source dropout": [*ANCHOR, "diffusion.source_dropout=0.5"],
     "everything": EVERYTHING,
 }
 

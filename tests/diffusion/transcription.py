@@ -72,6 +72,7 @@ class Transcription(ABC):
         self.epsilon = key.normal(Purpose.DIFFUSION, length, dim).double().numpy()
         self.uniform = key.uniform(Purpose.ABSORBING, length).double().numpy()
         self.dropped = key.uniform(Purpose.CONDITION, batch.num_documents).numpy() <= self.spec.condition_dropout
+        self.token_dropped = key.uniform(Purpose.SOURCE, length).numpy() <= self.spec.source_dropout
         self.tokens, self.target = batch.tokens_bl.numpy(), batch.target_bl.numpy()
         self.document = batch.document_bl.numpy()
         if self.spec.stratified:
@@ -161,7 +162,7 @@ class Target(Transcription):
     def position(self, b: int, i: int) -> Position:
         word, token, owner = self.embedding[self.tokens[b, i]], self.tokens[b, i], self.owner(b, i)
         if not self.target[b, i]:
-            dropped = self.document[b, i] >= 0 and self.dropped[b, owner]
+            dropped = self.document[b, i] >= 0 and (self.dropped[b, owner] or self.token_dropped[b, i])
             return Position(self.m, (self.T - 1) * 1000 / self.T, 0, {}) if dropped else Position(word, 0.0, 0, {})
         z_t, time = self.noised(b, i, word)
         alpha, sigma = self.alpha_sigma(self.t[b, owner])

@@ -1,0 +1,356 @@
+"""A training step on one GPU: tokens a second, share of the GPU's peak, memory, and what the time goes to.
+
+    python -m benchmarks.training_gpu [--only NAMES] [--json FILE] [--dry_run] [section.key=value ...]
+
+Each case is a process of its own that takes whole steps of the trainer (forward, backward, DeepSpeed, average) on rows
+of random tokens that one document fills. All start at once, so that they import together, and measure one after the
+other. Useful operations are counted: 2 a weight that a token meets, visible pairs of attention only, three times for
+forward and backward (2.5 for the backward pass of attention); what is computed again is not counted. Share of peak is
+that rate over 989 TFLOP/s, the bf16 peak of an H100 or H200 without sparsity, and over a large product in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.synchronize import Lock
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mdseq.data.batch import Batch, StepTotals
+from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.errors import UserError, exit_status
+from mdseq.model.cost import count_parameters
+from mdseq.model.denoiser import DenoiserConfig
+from mdseq.sparse import Documents
+from mdseq.sparse.count import BACKWARD_TO_FORWARD, forward_flops, visible_pairs
+from mdseq.spec import RunSpec, load_spec
+
+ROOT = Path(__file__).parent.parent
+PEAK_TFLOPS = 989
+VOCAB_SIZE = 16_384
+SPEC = [
+    "model.num_layers=12", "attention.window=256", "attention.dilation=[1, 1, 2, 4]", "attention.num_global=8",
+    "optimiser.precision=bf16", "data.max_prefix=0", "data.max_suffix=0", "guard.spike_factor=0",
+]  # fmt: skip
+# What a kernel is, by the first of these that its name holds.
+KINDS: dict[str, tuple[str, ...]] = {
+    "attention": ("forward_kernel", "query_gradient", "key_gradient", "merge_kernel", "sum_kernel", "flash", "fmha"),
+    "grouped products": ("grouped", "Grouped", "GemmUniversal", "group_gemm"),
+    "optimiser and average": ("multi_tensor", "adam", "lerp"),
+    "float32 products": ("sgemm", "s1688gemm", "f32f32_f32f32", "tf32"),
+    "products": ("gemm", "nvjet", "cutlass", "xmma", "splitK", "cublas"),
+    "copies and fills": ("Memcpy", "Memset", "copy", "fill"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and one length of rows.
+
+    Attributes:
+        name: Of the variant.
+        hidden: Width; experts are twice as wide inside, a dense feed-forward layer four times: as two experts.
+        row_length: Tokens of a row.
+        rows: Of a micro-batch.
+        overrides: Of the spec.
+        layers: 12, or fewer where the state of more would not fit.
+    """
+
+    name: str
+    hidden: int
+    row_length: int
+    rows: int
+    overrides: tuple[str, ...] = ()
+    layers: int = 12
+
+    def spec(self, more: Sequence[str]) -> RunSpec:
+        return load_spec(
+            None,
+            [
+                *SPEC, f"model.hidden_dim={self.hidden}", f"model.num_heads={self.hidden // 64}",
+                f"experts.feedforward_dim={2 * self.hidden}", f"model.feedforward_dim={4 * self.hidden}",
+                f"data.row_length={self.row_length}", f"data.batch_size={self.rows}",
+                f"data.micro_batch_size={self.rows}", f"model.num_layers={self.layers}", *self.overrides, *more,
+            ],
+        ).spec  # fmt: skip
+
+
+DENSE_ATTENTION, DENSE_FFN = ("attention.kind=full",), ("experts.num_experts=0",)
+
+
+def cases() -> list[Case]:
+    of_lengths = [
+        Case("moe", hidden, length, max(1, tokens // length), layers=layers)
+        for hidden, layers, tokens in ((1024, 12, 32_768), (2048, 8, 16_384))
+        for length in (4096, 16_384, 65_536)
+    ]
+    return [
+        *of_lengths,
+        Case("dense FFN", 1024, 16_384, 2, DENSE_FFN),
+        Case("dense FFN", 2048, 16_384, 1, DENSE_FFN, layers=8),
+        Case("dense attention", 1024, 16_384, 2, DENSE_ATTENTION),
+        Case("dense attention", 1024, 65_536, 1, DENSE_ATTENTION),
+    ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case, measured.
+
+    Attributes:
+        useful: TFLOP/s of useful operations.
+        peak_gib: Most memory held.
+        split: Milliseconds of a step by kind of kernel, "idle" for none.
+        top: The kernels that take most, in milliseconds and launches.
+    """
+
+    case: Case
+    device: str
+    ceiling: float
+    step_ms: float
+    tokens_per_second: float
+    useful: float
+    peak_gib: float
+    split: dict[str, float]
+    top: list[tuple[str, float, int]]
+    launches: int
+
+
+class FixedRows:
+    """A loader of the same rows at every step, each filled by one document."""
+
+    def __init__(self, spec: RunSpec, device: torch.device) -> None:
+        rows, length = spec.data.batch_size, spec.data.row_length
+        generator = torch.Generator().manual_seed(0)
+        tokens_bl = torch.randint(5, VOCAB_SIZE, (rows, length), generator=generator)
+        documents = Documents.whole(torch.full((rows,), length), length)
+        target_bl = torch.ones_like(tokens_bl, dtype=torch.bool)
+        totals = StepTotals(rows, rows * length, rows * length, rows, 1)
+        zero_b1 = torch.zeros(rows, 1, dtype=torch.int64)
+        self._batch = Batch(
+            tokens_bl, documents.document_bl, documents.position_bl, target_bl, torch.arange(rows), torch.arange(rows),
+            zero_b1, num_documents=1, step=0, totals=totals,
+        ).to(device)  # fmt: skip
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        return [replace(self._batch, step=step)]
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def useful_flops(spec: RunSpec, config: DenoiserConfig) -> float:
+    """Of a step: forward and backward."""
+    rows, length = spec.data.batch_size, spec.data.row_length
+    tokens = rows * length
+    logits = config.vocab_size * (config.embedding_dim + 1)
+    met = count_parameters(config, spec.diffusion.absorbing).active - config.vocab_size * (config.embedding_dim + 1)
+    layout = Documents.whole(torch.tensor([length]), length).layout(config.num_global)
+    pairs = rows * sum(int(visible_pairs(pattern, layout, config.num_heads)) for pattern in config.patterns)
+    attention = forward_flops(pairs, config.hidden_dim // config.num_heads)
+    return 3 * 2 * tokens * (met + logits) + (1 + BACKWARD_TO_FORWARD) * attention
+
+
+def trainer_of(spec: RunSpec, ds_config: Path, device: torch.device) -> Any:
+    """A trainer on fixed rows, as `mdseq/train/start.py` builds one on a corpus."""
+    from mdseq.engine.agreement import Agreement
+    from mdseq.engine.build import build_engine
+    from mdseq.engine.config import load_engine_config
+    from mdseq.engine.ema import WeightAverage
+    from mdseq.engine.partitions import partitions_of
+    from mdseq.train.loop import Trainer
+
+    torch.manual_seed(0)
+    engine_config = load_engine_config(ds_config, spec, 1, device.type == "cuda")
+    engine = build_engine(DiffusionObjective(spec, VOCAB_SIZE, device), engine_config)
+    partitions = partitions_of(engine)
+    average = WeightAverage(partitions, spec.optimiser.ema_decay)
+    return Trainer(spec, engine, FixedRows(spec, device), partitions, average, Agreement(), device)
+
+
+def measure(case: Case, options: argparse.Namespace) -> Result:
+    """In a process that has the GPU to itself."""
+    from mdseq.engine.build import start_processes, stop_processes
+
+    device = start_processes()
+    spec = case.spec(options.overrides)
+    trainer = trainer_of(spec, options.ds_config, device)
+    trainer.objective.train()
+    seconds = [timed_step(trainer, device) for _ in range(options.warmups + options.steps)][options.warmups :]
+    step = statistics.median(seconds)
+    split, top, launches = profiled(trainer, device, step) if device.type == "cuda" else ({}, [], 0)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    flops = useful_flops(spec, trainer.objective.config)
+    del trainer
+    result = Result(
+        case=case,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        ceiling=large_product(device),
+        step_ms=1e3 * step,
+        tokens_per_second=case.rows * case.row_length / step,
+        useful=flops / step / 1e12,
+        peak_gib=peak,
+        split=split,
+        top=top,
+        launches=launches,
+    )
+    stop_processes()
+    return result
+
+
+def timed_step(trainer: Any, device: torch.device) -> float:
+    started = time.perf_counter()
+    trainer._take_step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def profiled(
+    trainer: Any, device: torch.device, step: float
+) -> tuple[dict[str, float], list[tuple[str, float, int]], int]:
+    """Where the time of a step goes; what is left of `step`, which was taken without the profiler, is idle."""
+    steps = 2
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            timed_step(trainer, device)
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    kinds: Counter[str] = Counter()
+    for event in events:
+        kinds[kind_of(event.key)] += event.self_device_time_total / 1e3 / steps
+    kinds["idle"] = max(0.0, 1e3 * step - sum(kinds.values()))
+    longest = sorted(events, key=lambda event: -event.self_device_time_total)[:25]
+    top = [(event.key, event.self_device_time_total / 1e3 / steps, event.count // steps) for event in longest]
+    return dict(kinds), top, sum(event.count for event in events) // steps
+
+
+def kind_of(kernel: str) -> str:
+    for kind, names in KINDS.items():
+        if any(name in kernel for name in names):
+            return kind
+    return "element by element"
+
+
+def large_product(device: torch.device) -> float:
+    """TFLOP/s of a bf16 product of 8192 x 8192 matrices."""
+    n = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(seconds[2:]) / 1e12
+
+
+def run_case(case: Case, options: argparse.Namespace, turn: Lock, results: Queue[Result | str]) -> None:
+    import deepspeed  # noqa: F401  while others measure
+
+    with turn:
+        try:
+            results.put(measure(case, options))
+        except torch.OutOfMemoryError:
+            results.put(f"{case}: does not fit into memory")
+        except Exception:
+            results.put(f"{case}: {traceback.format_exc()}")
+
+
+def tiny(case: Case) -> Case:
+    return replace(case, hidden=case.hidden // 8, row_length=case.row_length // 64, rows=1, layers=2)
+
+
+def table_of(results: Sequence[Result]) -> Table:
+    device, ceiling = results[0].device, max(result.ceiling for result in results)
+    table = Table(title=f"{device}, torch {torch.__version__}: product {ceiling:.0f} TFLOP/s", title_justify="left")
+    kinds = [*KINDS, "element by element", "idle"]
+    names = ["", "width", "row", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of product", "GiB", *kinds]
+    for name in names:
+        table.add_column(name, justify="right")
+    for result in results:
+        case = result.case
+        table.add_row(
+            case.name, f"{case.hidden:,}", f"{case.row_length:,}", str(case.rows), f"{result.step_ms:.1f}",
+            f"{result.tokens_per_second:,.0f}", f"{result.useful:.0f}", f"{result.useful / PEAK_TFLOPS:.1%}",
+            f"{result.useful / ceiling:.1%}", f"{result.peak_gib:.1f}",
+            *(f"{result.split.get(kind, 0) / result.step_ms:.0%}" for kind in kinds),
+        )  # fmt: skip
+    return table
+
+
+def run(options: argparse.Namespace) -> None:
+    if not options.dry_run and not torch.cuda.is_available():
+        raise UserError("no CUDA GPU here: run this where there is one, or try the script on the CPU with --dry_run")
+    chosen = [
+        case
+        for case in cases()
+        if not options.only or f"{case.name} {case.hidden} {case.row_length}".startswith(tuple(options.only))
+    ]
+    if not chosen:
+        known = ", ".join(f"{case.name} {case.hidden} {case.row_length}" for case in cases())
+        raise UserError(f"--only {options.only}: none of {known} begins so")
+    if options.dry_run:
+        chosen = [tiny(case) for case in chosen]
+        options.warmups, options.steps = 1, 1
+        options.overrides = [
+            *options.overrides,
+            "optimiser.precision=fp32",
+            "attention.window=8",
+            "attention.num_global=1",
+        ]
+    context = multiprocessing.get_context("spawn")
+    turn, queue = context.Lock(), context.Queue()
+    processes = [context.Process(target=run_case, args=(case, options, turn, queue)) for case in chosen]
+    for process in processes:
+        process.start()
+    results: list[Result] = []
+    for _ in processes:
+        found = queue.get()
+        if isinstance(found, str):
+            print(found, file=sys.stderr, flush=True)
+            continue
+        results.append(found)
+        print(f"{found.case.name} {found.case.hidden} {found.case.row_length}: {found.step_ms:.1f} ms", flush=True)
+        if options.json:
+            with options.json.open("a") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+    for process in processes:
+        process.join()
+    order: Mapping[Case, int] = {case: i for i, case in enumerate(chosen)}
+    results.sort(key=lambda result: order[result.case])
+    if not results:
+        raise UserError("no case could be measured")
+    console = Console() if Console().is_terminal else Console(width=200)
+    console.print(table_of(results))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", metavar="BEGINNING", help='of a case, such as "moe 1024"')
+    parser.add_argument("--ds_config", type=Path, default=ROOT / "ds_configs" / "zero2.json")
+    parser.add_argument("--warmups", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append one object a case")
+    parser.add_argument("--dry_run", action="store_true", help="every path on the CPU, tiny")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
+    options = parser.parse_intermixed_args(arguments)
+    return exit_status(lambda: run(options), "stopped")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

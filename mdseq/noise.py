@@ -2,7 +2,8 @@
 
 Every draw is Philox-4x32-10 (Salmon et al., SC 2011) of a key and a counter that say what the draw is for: the run's
 seed and the purpose; the step, the row, the position in the row and the index within the position. So a draw does not
-depend on the device, on how rows are spread over ranks and micro-batches, or on what was drawn before.
+depend on the device, on how rows are spread over ranks and micro-batches, or on what was drawn before. On a GPU it is
+one kernel; on any device, the same words.
 
 Shapes: b batch, l length, w 32-bit words.
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -59,6 +62,10 @@ class NoiseKey:
 
     def normal(self, purpose: Purpose, length: int, dim: int) -> Tensor:
         """Standard normal fp32 [b, length, dim] (Box-Muller, two words for two values)."""
+        if runs_kernels(self.row_b):
+            from mdseq.kernels import random
+
+            return random.normal(*self._numbers(purpose), self.row_b, length, dim)
         words = self._words(purpose, length, dim + dim % 2)
         radius_word, angle_word = words.chunk(2, dim=-1)
         radius = (-2.0 * torch.log(_unit(radius_word))).sqrt()
@@ -67,7 +74,14 @@ class NoiseKey:
 
     def uniform(self, purpose: Purpose, length: int) -> Tensor:
         """Uniform fp32 [b, length] in (0, 1]."""
+        if runs_kernels(self.row_b):
+            from mdseq.kernels import random
+
+            return random.uniform(*self._numbers(purpose), self.row_b, length)
         return _unit(self._words(purpose, length, 1)[..., 0])
+
+    def _numbers(self, purpose: Purpose) -> tuple[int, int, int]:
+        return self.seed & _WORD, int(purpose), self.step & _WORD
 
     def _words(self, purpose: Purpose, length: int, count: int) -> Tensor:
         """`count` independent 32-bit words per position, int64 [b, length, count]."""
@@ -80,6 +94,16 @@ class NoiseKey:
         )
         words = philox(torch.broadcast_tensors(*counter), (self.seed & _WORD, int(purpose)))
         return torch.cat(words, dim=-1)[..., :count]
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether Triton's kernels run on the tensor's device; triton comes with torch for GPUs only."""
+    return x.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -1,0 +1,1 @@
+"""Operations that are one pass over memory on a GPU."""

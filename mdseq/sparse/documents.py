@@ -1,14 +1,14 @@
 """Which document each slot of a row holds, and what attention needs to know about it.
 
 Shapes: b batch, l tokens in a row, g global slots in a row, t other slots in a row, s = g + t slots,
-m documents in a row, d features.
+m documents in a row, n their own global slots, d features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -119,6 +119,7 @@ class Layout:
     num_documents: int
     _content_bs: Tensor = field(repr=False, compare=False)
     _slot_bl: Tensor = field(repr=False, compare=False)
+    _own_slot_bn: Tensor = field(repr=False, compare=False)
     _plans: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -127,20 +128,65 @@ class Layout:
 
     def to_slots(self, x_bld: Tensor, global_gd: Tensor | None = None) -> Tensor:
         """Put tokens, and every document's own `num_global` global vectors, into their slots: [b, s, d]."""
-        parts = [x_bld.flatten(0, 1), x_bld.new_zeros(1, x_bld.shape[2])]
-        if global_gd is not None:
-            parts.append(global_gd.to(x_bld.dtype))
-        return torch.cat(parts)[self._content_bs]
+        x_bsd: Tensor = _ToSlots.apply(x_bld, global_gd, self)
+        return x_bsd
 
     def to_tokens(self, x_bsd: Tensor) -> Tensor:
         """Take the tokens, and what stands for padding, out of their slots: [b, l, d]."""
-        return x_bsd.flatten(0, 1)[self._slot_bl]
+        x_bld: Tensor = _ToTokens.apply(x_bsd, self)
+        return x_bld
 
     def plan(self, key: Hashable, build: Callable[[], Plan]) -> Plan:
         """An engine's masks for this layout: built by the first layer that asks, shared by the others."""
         if key not in self._plans:
             self._plans[key] = build()
         return self._plans[key]  # type: ignore[return-value]
+
+
+class _ToSlots(torch.autograd.Function):
+    """As no two tokens share a slot, gradients are taken out of the slots as tokens are.
+
+    The gradient of indexing would be added up index by index, one after the other where many slots hold nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_bld: Tensor, global_gd: Tensor | None, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        ctx.global_dtype = None if global_gd is None else global_gd.dtype
+        parts = [x_bld.flatten(0, 1), x_bld.new_zeros(1, x_bld.shape[2])]
+        if global_gd is not None:
+            parts.append(global_gd.to(x_bld.dtype))
+        return torch.cat(parts)[layout._content_bs]
+
+    @staticmethod
+    def backward(ctx: Any, grad_bsd: Tensor) -> tuple[Tensor | None, ...]:
+        layout: Layout = ctx.layout
+        grad_bld = layout.to_tokens(grad_bsd) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_bld, None, None
+        slot_bn, m = layout._own_slot_bn, layout.num_documents
+        b, s, d = grad_bsd.shape
+        # Absent documents have no slots, and any will do in their place.
+        index_bn = slot_bn.clamp(max=s - 1) + torch.arange(b, device=slot_bn.device)[:, None] * s
+        grad_bnd = torch.where((slot_bn < s)[..., None], grad_bsd.flatten(0, 1)[index_bn], 0.0)
+        grad_gd = grad_bnd.view(b * m, slot_bn.shape[1] // m, d).sum(dim=0, dtype=ctx.global_dtype)
+        return grad_bld, grad_gd, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """The reverse: where no token stands, the gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bsd: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return x_bsd.flatten(0, 1)[layout._slot_bl]
+
+    @staticmethod
+    def backward(ctx: Any, grad_bld: Tensor) -> tuple[Tensor, None]:
+        layout: Layout = ctx.layout
+        tokens = grad_bld.shape[0] * grad_bld.shape[1]
+        grad_nd = torch.cat([grad_bld.flatten(0, 1), grad_bld.new_zeros(1, grad_bld.shape[2])])
+        return grad_nd[layout._content_bs.clamp(max=tokens)], None
 
 
 def _lay_out(documents: Documents, num_global: int) -> Layout:
@@ -188,6 +234,7 @@ def _lay_out(documents: Documents, num_global: int) -> Layout:
         num_documents=m,
         _content_bs=fill(b * length, token_bl, own_g),
         _slot_bl=slot_bl + row_b1,
+        _own_slot_bn=own_slot_bn,
     )
 
 

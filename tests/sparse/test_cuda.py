@@ -209,3 +209,26 @@ def test_nothing_waits_for_the_gpu(engine, dtype, pattern):
         outcome(by(engine), inputs, pattern, fresh.layout(2))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_slots_and_their_gradients_are_those_of_a_cpu_and_nothing_waits_for_the_gpu():
+    def outcome_on(device: str) -> list[Tensor]:
+        layout = pack([[170, 90, 150], [300, 200, 0]], 511, marked_share=0.1, device=device).layout(2)
+        generator = torch.Generator().manual_seed(0)
+        x_bld, own_gd, weight_bsd = (
+            torch.randn(shape, generator=generator).to(device)
+            for shape in ((2, 511, 8), (2, 8), (*layout.document_bs.shape, 8))
+        )
+        inputs = x_bld.requires_grad_(), own_gd.requires_grad_()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            x_bsd = layout.to_slots(*inputs)
+            out_bld = layout.to_tokens(x_bsd * weight_bsd)
+            results = [x_bsd, out_bld, *torch.autograd.grad([x_bsd, out_bld], inputs, [weight_bsd, x_bld.detach()])]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return [x.detach().cpu() for x in results]
+
+    for ours, expected in zip(outcome_on("cuda"), outcome_on("cpu"), strict=True):
+        torch.testing.assert_close(ours, expected)

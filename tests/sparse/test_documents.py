@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mdseq.sparse import NO_DOCUMENT, Documents
 from mdseq.sparse.documents import leading_source
-from tests.sparse.layouts import pack
+from tests.sparse.layouts import layouts, pack
 
 
 def some_documents() -> tuple[Documents, torch.Tensor]:
@@ -56,6 +56,68 @@ def test_tokens_come_back_from_their_slots(lengths, row_length, marked_share, nu
             real = [document for document in row if document != NO_DOCUMENT]
             assert real == sorted(real)
             assert row == real + [NO_DOCUMENT] * (len(row) - len(real))
+
+
+def random_content(layout, dtype=torch.float64):
+    """Tokens and global vectors of 3 features for a layout, with gradients; and what to sum slots and tokens by."""
+    b, length = layout._slot_bl.shape
+    num_own = layout._own_slot_bn.shape[1] // layout.num_documents
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape):
+        return torch.randn(*shape, 3, generator=generator, dtype=torch.float64).to(dtype)
+
+    x_bld, own_gd = draw(b, length).requires_grad_(), draw(num_own).requires_grad_()
+    return x_bld, own_gd, draw(*layout.document_bs.shape), draw(b, length)
+
+
+@given(layouts())
+def test_slots_and_tokens_and_their_gradients_equal_the_definition(layout):
+    x_bld, own_gd, weight_bsd, weight_bld = random_content(layout)
+    nothing = x_bld.new_zeros(1, 3)
+    expected_bsd = torch.cat([x_bld.flatten(0, 1), nothing, own_gd])[layout._content_bs]
+    ours_bsd = layout.to_slots(x_bld, own_gd)
+    assert torch.equal(ours_bsd, expected_bsd)
+
+    slots = weight_bsd.clone().requires_grad_()
+    expected_bld, ours_bld = slots.flatten(0, 1)[layout._slot_bl], layout.to_tokens(slots)
+    assert torch.equal(ours_bld, expected_bld)
+
+    for ours, expected, weight, inputs in (
+        (ours_bsd, expected_bsd, weight_bsd, (x_bld, own_gd)),
+        (ours_bld, expected_bld, weight_bld, (slots,)),
+    ):
+        for one, other in zip(
+            torch.autograd.grad(ours, inputs, weight), torch.autograd.grad(expected, inputs, weight), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_of_slots_are_those_of_finite_differences_and_have_gradients_themselves():
+    layout = pack([[4, 0, 2], [3]], 7, 0.4).layout(2)
+    x_bld, own_gd, weight_bsd, _ = random_content(layout)
+    slots = weight_bsd.requires_grad_()
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(layout.to_slots, (x_bld, own_gd))
+        assert check(layout.to_tokens, (slots,))
+
+
+def test_gradients_of_global_vectors_come_in_their_own_precision():
+    """A sum over many documents, in float32 where they are so, though tokens are not."""
+    layout = pack([[4, 3], [7]], 7).layout(2)
+    x_bld, own_gd, weight_bsd, _ = random_content(layout, torch.bfloat16)
+    own_gd = own_gd.detach().float().requires_grad_()
+    gradient_gd, gradient_bld = torch.autograd.grad(layout.to_slots(x_bld, own_gd), (own_gd, x_bld), weight_bsd)
+    assert (gradient_gd.dtype, gradient_bld.dtype) == (torch.float32, torch.bfloat16)
+    exact_gd = torch.stack([weight_bsd[0, 0:2], weight_bsd[0, 2:4], weight_bsd[1, 0:2]]).double().sum(dim=0)
+    torch.testing.assert_close(gradient_gd, exact_gd.float())
+
+
+def test_tokens_alone_take_no_gradient_of_global_vectors():
+    layout = pack([[4, 3]], 7).layout(0)
+    x_bld, _, weight_bsd, _ = random_content(layout)
+    (gradient_bld,) = torch.autograd.grad(layout.to_slots(x_bld), x_bld, weight_bsd)
+    assert torch.equal(gradient_bld, weight_bsd)
 
 
 def test_rows_of_equally_many_global_tokens_have_no_slot_to_spare():

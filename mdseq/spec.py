@@ -34,6 +34,11 @@ class ModelSpec(Section):
     num_heads: Positive = Field(12, description="attention heads; divides hidden_dim into heads of even size")
     feedforward_dim: Positive = Field(2048, description="inner width of the SwiGLU of a block without experts")
     norm: Literal["pre", "post"] = Field("pre", description="RMSNorm before each sublayer, or after (as published)")
+    activation_checkpointing: Literal["none", "recompute", "offload"] = Field(
+        "none",
+        description="for longer rows in the same memory: keep only each block's input, on the device or in CPU memory, "
+        "and compute the block again in the backward pass; the result is the same",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:

@@ -45,7 +45,7 @@ class DiffusionObjective(nn.Module):
         diffusion = spec.diffusion
         self.spec = spec
         self.config = config  # AutoEP reads the number of experts here
-        self.denoiser = Denoiser(config)
+        self.denoiser = Denoiser(config, spec.model.activation_checkpointing)
         self.absorbing = AbsorbingState(config.embedding_dim, learned=diffusion.absorbing)
         self.schedule = NoiseSchedule(diffusion.noise_schedule, diffusion.num_timesteps, diffusion.noise_factor)
         self.timesteps = TimestepSampler(diffusion, device)

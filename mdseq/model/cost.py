@@ -80,9 +80,10 @@ def memory_per_rank(
     """Estimated GiB on the device of one rank, by component.
 
     State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch: of each layer about
-    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert; and about eight embeddings a token
-    in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is
-    what the process holds besides, such as libraries and buffers for communication.
+    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert, or with activation checkpointing
+    the d of its input, and one layer as above at a time; and about eight embeddings a token in fp32, from the noise to
+    the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is what the process holds
+    besides, such as libraries and buffers for communication.
     """
     parameters = count_parameters(config, spec.diffusion.absorbing)
     value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
@@ -94,11 +95,16 @@ def memory_per_rank(
     d, layers = config.hidden_dim, config.num_layers
     chosen = config.top_k if config.num_experts else 1
     per_token_layer = 16 * d + (3 * config.feedforward_dim + 2 * d) * chosen
+    per_token = {
+        "none": layers * per_token_layer,
+        "recompute": layers * d + per_token_layer,
+        "offload": min(layers, 2) * d + per_token_layer,  # one input in use, one being fetched
+    }[spec.model.activation_checkpointing]
     parts = {
         "weights": (sharded if zero_stage == 3 else hosted) * value_bytes,
         "gradients": (sharded if zero_stage >= 2 else hosted) * value_bytes,
         "optimiser": 0.0 if offloads_optimiser else sharded * (8 + 4),  # two moments and the fp32 weights
         "average": 0.0 if offloads_optimiser else sharded * 4,
-        "activations": tokens * (layers * per_token_layer * value_bytes + 8 * 4 * config.embedding_dim),
+        "activations": tokens * (per_token * value_bytes + 8 * 4 * config.embedding_dim),
     }
     return {name: size / 2**30 for name, size in parts.items()}

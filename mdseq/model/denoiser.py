@@ -17,6 +17,7 @@ from mdseq.model.attention import SelfAttention
 from mdseq.model.block import Block
 from mdseq.model.embedding import TimeEmbedding, rotary_angles
 from mdseq.model.experts import DenseFeedForward, Experts, RoutedExperts
+from mdseq.model.recompute import ActivationCheckpointing, block_caller
 from mdseq.sparse import Documents, Layout, Pattern
 from mdseq.sparse.schedule import layer_patterns
 from mdseq.spec import RunSpec
@@ -104,9 +105,10 @@ class Denoiser(nn.Module):
     that end, the caller marks them.
     """
 
-    def __init__(self, config: DenoiserConfig) -> None:
+    def __init__(self, config: DenoiserConfig, activation_checkpointing: ActivationCheckpointing = "none") -> None:
         super().__init__()
         self.config = config
+        self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
         d = config.hidden_dim
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.head = TokenBias(config.vocab_size)
@@ -165,8 +167,9 @@ class Denoiser(nn.Module):
         global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))
         x_bsd = layout.to_slots(x_bld, global_gd)
         angles = rotary_angles(layout.position_bs, config.hidden_dim // config.num_heads)
+        call = block_caller(self.activation_checkpointing)
         for block in self.blocks:
-            x_bsd = block(x_bsd, angles, layout)
+            x_bsd = call(block, x_bsd, angles, layout)
         return self.output(self.norm(layout.to_tokens(x_bsd))).float()
 
     def layout(self, documents: Documents) -> Layout:

@@ -26,7 +26,7 @@ SPEC_FILE, LOCK_FILE = "spec.toml", "lock"
 _PACKAGES = ("torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
 # What decides the trajectory; a run that continues must not change it.
 _FIXED_SECTIONS = ("seed", "model", "attention", "experts", "diffusion", "data")
-_FREE_KEYS = ("data.path", "data.micro_batch_size", "attention.engine")
+_FREE_KEYS = ("data.path", "data.micro_batch_size", "attention.engine", "model.activation_checkpointing")
 
 
 class RunFolder:

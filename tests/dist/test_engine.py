@@ -20,7 +20,7 @@ DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
 VOCAB, ROWS, LENGTH = 50, 4, 24
 
 
-def tiny_spec(top_k: int = 2) -> RunSpec:
+def tiny_spec(top_k: int = 2, activation_checkpointing: str = "none") -> RunSpec:
     return load_spec(
         None,
         [
@@ -29,7 +29,7 @@ def tiny_spec(top_k: int = 2) -> RunSpec:
             "diffusion.num_timesteps=8", "data.row_length=24", "data.batch_size=4", "data.micro_batch_size=2",
             # A large epsilon: Adam would blow rounding errors in gradients near zero up to full steps.
             "optimiser.learning_rate=1e-2", "optimiser.epsilon=1e-3", "optimiser.gradient_clipping=0.5",
-            f"experts.top_k={top_k}",
+            f"experts.top_k={top_k}", f"model.activation_checkpointing={activation_checkpointing}",
             "report.sample_interval_steps=0",
         ],
     ).spec  # fmt: skip
@@ -54,11 +54,11 @@ def rows(first: int, count: int, step: int, micro_batches: int) -> Batch:
     )
 
 
-def build(ds_config: str, num_ranks: int, top_k: int = 2):
+def build(ds_config: str, num_ranks: int, top_k: int = 2, activation_checkpointing: str = "none"):
     from mdseq.engine.build import build_engine, start_processes
 
     start_processes()
-    spec = tiny_spec(top_k)
+    spec = tiny_spec(top_k, activation_checkpointing)
     torch.manual_seed(0)
     objective = DiffusionObjective(spec, VOCAB)
     plain = copy.deepcopy(objective)
@@ -67,10 +67,19 @@ def build(ds_config: str, num_ranks: int, top_k: int = 2):
 
 
 def train_and_show(ds_config: str, num_ranks: int) -> dict:
-    """Five steps, then this rank's pieces of the weights and of their average."""
+    """Five steps, then this rank's pieces of the weights and of their average; and with blocks computed twice."""
+    results = [train(ds_config, num_ranks, mode) for mode in ("none", "recompute")]
+    for which in ("weights", "average"):
+        for plain, sparing in zip(*(result[which] for result in results), strict=True):
+            for (name, _, expected), (_, _, found) in zip(plain, sparing, strict=True):
+                assert torch.equal(found, expected), f"activation checkpointing changes the {which} of {name}"
+    return results[0]
+
+
+def train(ds_config: str, num_ranks: int, activation_checkpointing: str) -> dict:
     import torch.distributed as dist
 
-    engine, _ = build(ds_config, num_ranks)
+    engine, _ = build(ds_config, num_ranks, activation_checkpointing=activation_checkpointing)
     partitions = partitions_of(engine)
     average = WeightAverage(partitions, decay=0.6)
     for step in range(5):

@@ -118,3 +118,16 @@ def test_bf16_halves_the_weights_and_activations_grow_with_the_tokens() -> None:
 
     assert activations("data.row_length=8192") == pytest.approx(2 * activations("data.row_length=4096"))
     assert activations("data.micro_batch_size=4") == pytest.approx(4 * activations())
+
+
+def test_activation_checkpointing_leaves_the_inputs_of_the_blocks_and_one_block() -> None:
+    def activations(mode: str, num_layers: int) -> float:
+        changes = [f"model.activation_checkpointing={mode}", f"model.num_layers={num_layers}"]
+        return memory(load_spec(Path("moe_diffuseq"), changes).spec, 1, 1)["activations"] * GIB
+
+    tokens, value_bytes, hidden = SPEC.data.row_length, 4, SPEC.model.hidden_dim
+    inputs = tokens * value_bytes * hidden
+    assert activations("recompute", 12) - activations("recompute", 11) == pytest.approx(inputs)
+    assert activations("recompute", 12) - activations("offload", 12) == pytest.approx(10 * inputs)
+    assert activations("offload", 12) == pytest.approx(activations("offload", 2))
+    assert activations("recompute", 1) == pytest.approx(activations("none", 1) + inputs)

@@ -50,3 +50,19 @@ def test_the_advice_fits_the_run(ds_config: str, ranks: int, rows: int, expected
     )
     assert f"activations {parts['activations']:.2f}" in advice
     assert f"saves about {parts['activations'] / 2:.2f} GiB" in advice
+
+
+def test_long_rows_are_told_of_activation_checkpointing_before_all_else() -> None:
+    seen = {}
+    for mode in ("none", "recompute", "offload"):
+        overrides = [f"model.activation_checkpointing={mode}", "data.row_length=262144"]
+        spec = load_spec(None, overrides).spec
+        engine = load_engine_config(DS_CONFIGS / "zero2.json", spec, 1, on_gpu=False)
+        memory = memory_per_rank(DenoiserConfig.of(spec, 1000), spec, engine.zero_stage, 1, 1, False)
+        seen[mode] = memory["activations"], memory_advice(spec, engine, vocab_size=1000).splitlines()
+    saved = seen["none"][0] - seen["recompute"][0]
+    assert seen["none"][1][1] == (
+        f"  model.activation_checkpointing = recompute saves about {saved:.2f} GiB of activations"
+    )
+    assert any("activation_checkpointing = offload" in line for line in seen["recompute"][1])
+    assert not any("activation_checkpointing" in line for line in seen["offload"][1])

@@ -1,0 +1,117 @@
+"""What a training step keeps of each block for its backward pass: everything, or the input only, here or in CPU memory.
+
+Computing a block again costs a second forward pass (Chen et al., arXiv 1604.06174). Nothing in a block draws random
+numbers, so it comes out the same to the bit, and with it the loss and all gradients.
+
+Shapes: b batch, s slots, d hidden dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+ActivationCheckpointing = Literal["none", "recompute", "offload"]
+
+# torch rounds pinned memory up to a power of 2. In one piece, the input of a row of 2^20 tokens and a few global slots
+# would take twice its size.
+PIECE_BYTES = 2**26
+
+
+def block_caller(mode: ActivationCheckpointing) -> Callable[..., Tensor]:
+    """How one forward pass calls its blocks, in order: `call(block, x_bsd, *shared)` is `block(x_bsd, *shared)`.
+
+    "recompute" keeps x_bsd, and computes the block again when the backward pass needs what is inside; "offload" keeps
+    x_bsd in CPU memory. Without gradients, as while sampling, both are plain calls.
+    """
+    if mode == "none" or not torch.is_grad_enabled():
+        return lambda block, x_bsd, *shared: block(x_bsd, *shared)
+    store = CpuStore() if mode == "offload" else None
+
+    def call(block: Callable[..., Tensor], x_bsd: Tensor, *shared: Any) -> Tensor:
+        def of_input(x_bsd: Tensor) -> Tensor:  # what all blocks share is not kept again for each
+            return block(x_bsd, *shared)
+
+        if store is None or not x_bsd.is_cuda:
+            return recomputed(of_input, x_bsd)
+        with saved_tensors_hooks(store.put, store.get):  # sees x_bsd only: the insides have hooks of their own
+            return recomputed(of_input, x_bsd)
+
+    return call
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), of which the inputs are kept for the backward pass."""
+    output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return output
+
+
+class CpuStore:
+    """Keeps tensors of a GPU in pinned CPU memory until they are needed again, the last one first.
+
+    Both ways, copies run beside the computation, on a stream of their own: getting a tensor starts to fetch the one
+    that was put before it. So the GPU holds two of them.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[_Kept] = []
+
+    def put(self, x: Tensor) -> int:
+        """Start to copy; what is returned is for `get`."""
+        x = x.detach().contiguous()
+        pieces = [torch.empty(one.shape, dtype=x.dtype, pin_memory=True) for one in _pieces(x)]
+        stream = _copy_stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for to, one in zip(pieces, _pieces(x), strict=True):
+                to.copy_(one, non_blocking=True)
+        x.record_stream(stream)  # nothing else gets this memory before it is copied
+        self.kept.append(_Kept(pieces, x.shape, x.device))
+        return len(self.kept) - 1
+
+    def get(self, index: int) -> Tensor:
+        kept = self.kept[index]
+        x, kept.fetched = self._fetch(kept), None
+        torch.cuda.current_stream(x.device).wait_stream(_copy_stream(x.device))
+        if index:  # from here on, so that x does not wait for it
+            self.kept[index - 1].fetched = self._fetch(self.kept[index - 1])
+        return x
+
+    @staticmethod
+    def _fetch(kept: _Kept) -> Tensor:
+        """On its way to the GPU."""
+        if kept.fetched is not None:
+            return kept.fetched
+        x = torch.empty(kept.shape, dtype=kept.pieces[0].dtype, device=kept.device)
+        stream = _copy_stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))  # which may still be at work on what was here before
+        with torch.cuda.stream(stream):
+            for to, one in zip(_pieces(x), kept.pieces, strict=True):
+                to.copy_(one, non_blocking=True)
+        return x
+
+
+@dataclass
+class _Kept:
+    """A tensor in CPU memory, and on the GPU once it is on its way back."""
+
+    pieces: list[Tensor]
+    shape: torch.Size
+    device: torch.device
+    fetched: Tensor | None = None
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    return x.flatten().split(PIECE_BYTES // x.element_size())
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

@@ -1,0 +1,103 @@
+"""Keeping less for the backward pass changes nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.model.recompute import CpuStore, block_caller
+from tests.diffusion.batches import EVERYTHING, PACKED, POSTERIOR, SQUARED_ERROR, make_batch, tiny_objective
+
+VARIANTS = {
+    "experts": SQUARED_ERROR,
+    "dense": [*SQUARED_ERROR, "experts.num_experts=0"],
+    "post-norm, one expert, global sources": [
+        *POSTERIOR, "model.norm=post", "experts.top_k=1", "attention.num_source_global=2",
+    ],
+    "everything": EVERYTHING,
+}  # fmt: skip
+
+
+def trained(mode: str, *overrides: str) -> tuple[DiffusionObjective, Tensor]:
+    objective = tiny_objective(f"model.activation_checkpointing={mode}", *overrides)
+    loss = objective(make_batch(PACKED))
+    loss.backward()
+    return objective, loss
+
+
+@pytest.mark.parametrize("mode", ["recompute", "offload"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_loss_the_gradients_and_the_load_are_the_same_to_the_bit(mode: str, variant: str) -> None:
+    (plain, expected), (sparing, found) = trained("none", *VARIANTS[variant]), trained(mode, *VARIANTS[variant])
+    assert torch.equal(found, expected)
+    for (name, weight), other in zip(plain.named_parameters(), sparing.parameters(), strict=True):
+        assert weight.grad is not None
+        assert other.grad is not None
+        assert torch.equal(weight.grad, other.grad), name
+    if plain.balance is not None:  # each router counts once, the second time around too
+        assert torch.equal(sparing.balance.tally, plain.balance.tally)
+
+
+@contextmanager
+def counted_bytes() -> Iterator[list[int]]:
+    """Bytes of all that is kept for the backward pass inside, weights and what is kept twice once."""
+    kept: dict[int, Tensor] = {}
+    total: list[int] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        yield total
+    total.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+
+
+def bytes_of(mode: str, num_layers: int) -> int:
+    objective = tiny_objective(f"model.activation_checkpointing={mode}", f"model.num_layers={num_layers}")
+    weights = sum(weight.nbytes for weight in objective.denoiser.blocks.parameters())
+    with counted_bytes() as total:
+        objective(make_batch(PACKED * 8))
+    return total[0] - (weights if mode == "none" else 0)
+
+
+def test_a_layer_more_costs_its_input_and_no_more() -> None:
+    """As `memory_per_rank` has it."""
+    per_layer = {mode: (bytes_of(mode, 6) - bytes_of(mode, 2)) / 4 for mode in ("none", "recompute")}
+    slots, value_bytes, hidden, experts = 8 * len(PACKED) * (24 + 3), 4, 16, 4
+    for_balance = 4 * experts  # router logits, and what the losses of their balance make of them
+    assert per_layer["recompute"] <= slots * value_bytes * (hidden + for_balance)
+    assert per_layer["none"] > 12 * per_layer["recompute"]
+
+
+def test_without_gradients_nothing_is_kept_and_blocks_run_plainly() -> None:
+    calls = []
+
+    def block(x: Tensor, shared: str) -> Tensor:
+        calls.append(shared)
+        return x * 2
+
+    x = torch.ones(3, requires_grad=True)
+    with torch.no_grad():
+        assert torch.equal(block_caller("recompute")(block, x, "a"), 2 * x)
+    assert calls == ["a"]
+    block_caller("recompute")(block, x, "b").prod().backward()
+    assert calls == ["a", "b"]  # of a product with a number, nothing is needed
+    assert x.grad is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_a_gpu_keeps_in_cpu_memory_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdseq.model.recompute.PIECE_BYTES", 1000)
+    store = CpuStore()
+    expected = [torch.randn(3, 1 + 100 * n, 2, device="cuda") for n in range(4)]
+    tickets = [store.put(x.clone()) for x in expected]
+    torch.empty(10**6, device="cuda").fill_(7.0)  # over the memory that the copies had
+    for ticket, x in zip(tickets[::-1], expected[::-1], strict=True):
+        assert torch.equal(store.get(ticket), x)

@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.synchronize import Lock
 from pathlib import Path
@@ -76,6 +76,9 @@ class Case:
     rows: int
     overrides: tuple[str, ...] = ()
     layers: int = 12
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.hidden} {self.row_length}"
 
     def spec(self, more: Sequence[str]) -> RunSpec:
         return load_spec(
@@ -275,44 +278,40 @@ def tiny(case: Case) -> Case:
     return replace(case, hidden=case.hidden // 8, row_length=case.row_length // 64, rows=1, layers=2)
 
 
-def table_of(results: Sequence[Result]) -> Table:
+def tables_of(results: Sequence[Result]) -> Iterator[Table]:
     device, ceiling = results[0].device, max(result.ceiling for result in results)
-    table = Table(title=f"{device}, torch {torch.__version__}: product {ceiling:.0f} TFLOP/s", title_justify="left")
+    speed = Table(title=f"{device}, torch {torch.__version__}: product {ceiling:.0f} TFLOP/s", title_justify="left")
+    names = ["", "width", "row", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of product", "GiB", "kernels"]
+    split = Table(title="share of a step", title_justify="left")
     kinds = [*KINDS, "element by element", "idle"]
-    names = ["", "width", "row", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of product", "GiB", *kinds]
-    for name in names:
-        table.add_column(name, justify="right")
+    for table, columns in ((speed, names), (split, ["", "width", "row", *kinds])):
+        for name in columns:
+            table.add_column(name, justify="right" if name else "left")
     for result in results:
         case = result.case
-        table.add_row(
-            case.name, f"{case.hidden:,}", f"{case.row_length:,}", str(case.rows), f"{result.step_ms:.1f}",
-            f"{result.tokens_per_second:,.0f}", f"{result.useful:.0f}", f"{result.useful / PEAK_TFLOPS:.1%}",
-            f"{result.useful / ceiling:.1%}", f"{result.peak_gib:.1f}",
-            *(f"{result.split.get(kind, 0) / result.step_ms:.0%}" for kind in kinds),
+        title = (case.name, f"{case.hidden:,}", f"{case.row_length:,}")
+        speed.add_row(
+            *title, str(case.rows), f"{result.step_ms:.1f}", f"{result.tokens_per_second:,.0f}", f"{result.useful:.0f}",
+            f"{result.useful / PEAK_TFLOPS:.1%}", f"{result.useful / ceiling:.1%}", f"{result.peak_gib:.1f}",
+            f"{result.launches:,}",
         )  # fmt: skip
-    return table
+        split.add_row(*title, *(f"{result.split.get(kind, 0) / result.step_ms:.0%}" for kind in kinds))
+    yield speed
+    yield split
 
 
 def run(options: argparse.Namespace) -> None:
     if not options.dry_run and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here: run this where there is one, or try the script on the CPU with --dry_run")
-    chosen = [
-        case
-        for case in cases()
-        if not options.only or f"{case.name} {case.hidden} {case.row_length}".startswith(tuple(options.only))
-    ]
+    beginnings = tuple(options.only or [""])
+    chosen = [case for case in cases() if str(case).startswith(beginnings)]
     if not chosen:
-        known = ", ".join(f"{case.name} {case.hidden} {case.row_length}" for case in cases())
+        known = ", ".join(map(str, cases()))
         raise UserError(f"--only {options.only}: none of {known} begins so")
     if options.dry_run:
         chosen = [tiny(case) for case in chosen]
         options.warmups, options.steps = 1, 1
-        options.overrides = [
-            *options.overrides,
-            "optimiser.precision=fp32",
-            "attention.window=8",
-            "attention.num_global=1",
-        ]
+        options.overrides += ["optimiser.precision=fp32", "attention.window=8", "attention.num_global=1"]
     context = multiprocessing.get_context("spawn")
     turn, queue = context.Lock(), context.Queue()
     processes = [context.Process(target=run_case, args=(case, options, turn, queue)) for case in chosen]
@@ -325,7 +324,7 @@ def run(options: argparse.Namespace) -> None:
             print(found, file=sys.stderr, flush=True)
             continue
         results.append(found)
-        print(f"{found.case.name} {found.case.hidden} {found.case.row_length}: {found.step_ms:.1f} ms", flush=True)
+        print(f"{found.case}: {found.step_ms:.1f} ms", flush=True)
         if options.json:
             with options.json.open("a") as file:
                 file.write(json.dumps(asdict(found)) + "\n")
@@ -336,7 +335,7 @@ def run(options: argparse.Namespace) -> None:
     if not results:
         raise UserError("no case could be measured")
     console = Console() if Console().is_terminal else Console(width=200)
-    console.print(table_of(results))
+    console.print(*tables_of(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

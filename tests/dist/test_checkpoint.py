@@ -137,9 +137,9 @@ class TestGenerate:
         (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, given)))
         outputs = []
         for batch_size in ("1", "4"):
-            output = tmp_path / f"{batch_size}.jsonl"
+            requests, output = tmp_path / "in.jsonl", tmp_path / f"{batch_size}.jsonl"
             status = mdseq(
-                ["generate", str(finished), "--input", str(tmp_path / "in.jsonl"), "--output", str(output), "--num", "2",
+                ["generate", str(finished), "--input", str(requests), "--output", str(output), "--num", "2",
                  "--length", "8", "--steps", "3", "--batch_size", batch_size]
             )  # fmt: skip
             assert status == 0

@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.ranks import run_ranks, train
-from tests.dist.test_training import DS_CONFIGS, TINY, losses, state
-
 from mdseq.engine.config import load_engine_config
 from mdseq.errors import UserError
 from mdseq.spec import load_spec
+from tests.dist.ranks import run_ranks, train
+from tests.dist.test_training import DS_CONFIGS, TINY, losses, state
 
 # (ranks, ds_config, ranks that share the experts): where the run goes on every two steps.
 MOVES = [
@@ -100,7 +99,9 @@ def test_every_way_to_spread_experts_gives_the_same_losses(
 @pytest.mark.parametrize(("num_ranks", "experts_over", "stage"), sorted(set(WAYS) - set(ALLOWED)))
 def test_what_deepspeed_cannot_do_is_refused_before_it_is_started(tmp_path, num_ranks, experts_over, stage):
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, "expert_parallel": {"autoep_size": experts_over}}))
+    path.write_text(
+        json.dumps({"zero_optimization": {"stage": stage}, "expert_parallel": {"autoep_size": experts_over}})
+    )
     spec = load_spec(None, ["experts.num_experts=4", "data.batch_size=4", "data.micro_batch_size=1"]).spec
     with pytest.raises(UserError) as refused:
         load_engine_config(path, spec, num_ranks, on_gpu=False)

@@ -169,7 +169,7 @@ def compare_expert_layers(num_ranks: int, top_k: int) -> tuple[str, list[tuple[s
     ]
     out = ours(x)
     expected = torch.autograd.grad(out, list(ours.parameters()), upstream)
-    local = list(adopted.experts.parameters()) + [adopted.router.gate.weight]
+    local = [*adopted.experts.parameters(), adopted.router.gate.weight]
     found = torch.autograd.grad(adopted(x), local, upstream)
     w1, w2, w3, gate = found
     first = adopted.ep_rank * adopted.num_local_experts

@@ -42,6 +42,7 @@ class Purpose(IntEnum):
     CONDITION = 12
     LENGTH = 13
     RESAMPLING = 14
+    DROPOUT = 15
     SOURCE = 16
     LIKELIHOOD = 20
 
@@ -65,7 +66,7 @@ class NoiseKey:
         if runs_kernels(self.row_b):
             from mdseq.kernels import random
 
-            return random.normal(*self._numbers(purpose), self.row_b, length, dim)
+            return random.normal(*self.numbers(purpose), self.row_b, length, dim)
         words = self._words(purpose, length, dim + dim % 2)
         radius_word, angle_word = words.chunk(2, dim=-1)
         radius = (-2.0 * torch.log(_unit(radius_word))).sqrt()
@@ -77,10 +78,11 @@ class NoiseKey:
         if runs_kernels(self.row_b):
             from mdseq.kernels import random
 
-            return random.uniform(*self._numbers(purpose), self.row_b, length)
+            return random.uniform(*self.numbers(purpose), self.row_b, length)
         return _unit(self._words(purpose, length, 1)[..., 0])
 
-    def _numbers(self, purpose: Purpose) -> tuple[int, int, int]:
+    def numbers(self, purpose: Purpose) -> tuple[int, int, int]:
+        """Seed, purpose and step, each a 32-bit word: what is the same for all rows and positions."""
         return self.seed & _WORD, int(purpose), self.step & _WORD
 
     def _words(self, purpose: Purpose, length: int, count: int) -> Tensor:

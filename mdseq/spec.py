@@ -34,6 +34,9 @@ class ModelSpec(Section):
     num_heads: Positive = Field(12, description="attention heads; divides hidden_dim into heads of even size")
     feedforward_dim: Positive = Field(2048, description="inner width of the SwiGLU of a block without experts")
     norm: Literal["pre", "post"] = Field("pre", description="RMSNorm before each sublayer, or after (as published)")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of features dropped in training, of what the blocks get and their sublayers add"
+    )
     activation_checkpointing: Literal["none", "recompute", "offload"] = Field(
         "none",
         description="for longer rows in the same memory: keep only each block's input, on the device or in CPU memory, "

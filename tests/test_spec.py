@@ -158,7 +158,7 @@ def test_non_finite_numbers_are_refused(key: str, number: str) -> None:
         "attention.dilation=[]", "attention.dilation=[1, 0]", "attention.dilation=2", "attention.dilation=[[1, 0]]",
         "attention.dilation=[[]]", "attention.dilation=[1, [[2]]]", "attention.dilation=['a']",
         "attention.dilation_schedule=random", "attention.full_every=-1", "attention.num_source_global=-1",
-        "attention.engine=fast", "experts.num_experts=-1",
+        "attention.engine=fast", "experts.num_experts=-1", "model.dropout=1.0", "model.dropout=-0.1",
         "diffusion.absorbing=perhaps", "diffusion.num_timesteps=1", "optimiser.betas=[0.9]",
         "optimiser.betas=[0.9, 1.0]", "optimiser.learning_rate=0", "optimiser.precision=fp16",
         "schedule.final_fraction=-0.1", "data.path=3", "data.max_prefix=1.1", "data.max_suffix=-0.1",

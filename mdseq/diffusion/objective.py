@@ -18,6 +18,7 @@ from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
+from mdseq.model.dropout import Dropout
 from mdseq.model.experts import captured_router_logits
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.spec import RunSpec
@@ -104,7 +105,9 @@ class DiffusionObjective(nn.Module):
             z_t = corrupt(z_0, m_z, alpha_bl, sigma_bl, epsilon, replaced_bl)
             z_t = torch.where(target_bl[..., None], z_t, clean_blz)
             time_bl = torch.where(target_bl, self.schedule.time(timestep_bl), clean_time_bl)
-            f_blz = self.denoiser(z_t, time_bl, documents, estimate_blz)
+            learns = self.training and torch.is_grad_enabled()
+            dropout = Dropout(key, self.spec.model.dropout) if learns and self.spec.model.dropout else None
+            f_blz = self.denoiser(z_t, time_bl, documents, estimate_blz, dropout=dropout)
             return f_blz, reader.scores(f_blz, z_t, self.schedule.log_snr(timestep_bl))
 
         # 4. Some documents have an estimate at hand, made earlier on their way from noise.

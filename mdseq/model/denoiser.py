@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mdseq.model.attention import SelfAttention
 from mdseq.model.block import Block
+from mdseq.model.dropout import Dropout
 from mdseq.model.embedding import TimeEmbedding, rotary_angles
 from mdseq.model.experts import DenseFeedForward, Experts, RoutedExperts
 from mdseq.model.recompute import ActivationCheckpointing, block_caller
@@ -144,7 +145,12 @@ class Denoiser(nn.Module):
         return Vocabulary(self.embed(every_token), self.head())
 
     def forward(
-        self, z_blz: Tensor, time_bl: Tensor, documents: Documents, estimate_blz: Tensor | None = None
+        self,
+        z_blz: Tensor,
+        time_bl: Tensor,
+        documents: Documents,
+        estimate_blz: Tensor | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Predict the clean embeddings.
 
@@ -154,6 +160,7 @@ class Denoiser(nn.Module):
             documents: What each row holds, source tokens marked.
             estimate_blz: For a model with self-conditioning, the clean embeddings as predicted before (Analog Bits,
                 arXiv 2208.04202, section 3.2); zero where there is no prediction, as None is everywhere.
+            dropout: Of what goes into the first block, and of what each sublayer adds; None for none.
 
         Returns:
             [b, l, z] in fp32.
@@ -167,9 +174,11 @@ class Denoiser(nn.Module):
         global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))
         x_bsd = layout.to_slots(x_bld, global_gd)
         angles = rotary_angles(layout.position_bs, config.hidden_dim // config.num_heads)
+        if dropout is not None:
+            x_bsd = dropout.add(None, x_bsd, layout)
         call = block_caller(self.activation_checkpointing)
-        for block in self.blocks:
-            x_bsd = call(block, x_bsd, angles, layout)
+        for index, block in enumerate(self.blocks):
+            x_bsd = call(block, x_bsd, angles, layout, dropout and dropout.of_layer(index))
         return self.output(self.norm(layout.to_tokens(x_bsd))).float()
 
     def layout(self, documents: Documents) -> Layout:

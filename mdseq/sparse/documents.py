@@ -16,6 +16,8 @@ from torch import Tensor
 Plan = TypeVar("Plan")
 
 NO_DOCUMENT = -1
+# Identities of slots: beyond those of tokens.
+_FIRST_OWN = 2**31
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,15 @@ class Layout:
     def real_bs(self) -> Tensor:
         return self.document_bs != NO_DOCUMENT
 
+    @property
+    def identity_bs(self) -> Tensor:
+        """What tells a slot from the others of its row, whatever other rows hold: int64.
+
+        A token's index in the row; of the global vectors of a document, 2**31 + document * their number + index;
+        anything where a slot holds nothing.
+        """
+        return self.plan("identity", lambda: _identities(self))
+
     def to_slots(self, x_bld: Tensor, global_gd: Tensor | None = None) -> Tensor:
         """Put tokens, and every document's own `num_global` global vectors, into their slots: [b, s, d]."""
         x_bsd: Tensor = _ToSlots.apply(x_bld, global_gd, self)
@@ -141,6 +152,14 @@ class Layout:
         if key not in self._plans:
             self._plans[key] = build()
         return self._plans[key]  # type: ignore[return-value]
+
+
+def _identities(layout: Layout) -> Tensor:
+    b, length = layout._slot_bl.shape
+    num_own = layout._own_slot_bn.shape[1] // layout.num_documents
+    first_b1 = torch.arange(b, device=layout._slot_bl.device)[:, None] * length
+    own_bs = layout._content_bs - (b * length + 1)
+    return torch.where(own_bs < 0, layout._content_bs - first_b1, _FIRST_OWN + layout.document_bs * num_own + own_bs)
 
 
 class _ToSlots(torch.autograd.Function):

@@ -22,6 +22,8 @@ from tests.diffusion.batches import (
 )
 from tests.diffusion.transcription import Target, make_importance_uneven
 
+DROPOUT = [*EVERYTHING, "model.dropout=0.3", "model.norm=post", "attention.num_source_global=2"]
+
 
 def test_the_sources_are_received_clean_and_at_time_zero() -> None:
     """Exactly the word embeddings, whatever the noise level of their document."""
@@ -71,8 +73,9 @@ def test_predictions_everywhere_count_as_published() -> None:
         PUBLISHED,
         ["attention.num_source_global=2", "attention.dilation=[[1,2]]"],
         EVERYTHING,
+        DROPOUT,
     ],
-    ids=["experts", "dense", "published", "global sources", "everything"],
+    ids=["experts", "dense", "published", "global sources", "everything", "dropout"],
 )
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [2, 2], [1, 3]])
 def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(overrides: list[str], sizes: list[int]) -> None:
@@ -132,7 +135,7 @@ def test_the_order_of_rows_does_not_matter(overrides: list[str]) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("overrides", [[], ["experts.num_experts=0"], ["attention.kind=full"], EVERYTHING])
+@pytest.mark.parametrize("overrides", [[], ["experts.num_experts=0"], ["attention.kind=full"], EVERYTHING, DROPOUT])
 def test_padding_contributes_nothing(overrides: list[str]) -> None:
     """The same documents in longer rows: the same draws, loss and gradients."""
     results = []
@@ -205,6 +208,32 @@ def test_every_weight_learns() -> None:
         for name, parameter in objective.named_parameters():
             assert parameter.grad is not None, name
             assert (parameter.grad != 0).any(), name
+
+
+def test_dropout_is_of_the_pass_that_learns_and_of_no_other() -> None:
+    """Not of losses without gradients, of evaluation, or of the estimate that self-conditioning gives."""
+    batch, seen = make_batch(PACKED), []
+    without, objective = tiny_objective(*EVERYTHING), tiny_objective(*EVERYTHING, "model.dropout=0.3")
+    objective.denoiser.register_forward_pre_hook(lambda _, __, named: seen.append(named["dropout"]), with_kwargs=True)
+    expected = without(batch).item()
+    assert objective(batch).item() != pytest.approx(expected, rel=1e-5)
+    assert [dropout is None for dropout in seen] == [True, False]
+    with torch.no_grad():
+        assert objective(batch).item() == expected
+    assert objective.eval()(batch).item() == expected
+    assert seen[2:] == [None] * 4
+
+
+def test_what_goes_into_the_first_block_is_dropped_anew_each_step() -> None:
+    objective, inputs = tiny_objective("model.dropout=0.3"), []
+    objective.denoiser.blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for step in (3, 3, 4):
+        objective(make_batch(PACKED, step=step))
+    real_bs = objective.denoiser.layout(make_batch(PACKED).documents()).real_bs
+    first, again, other = (x_bsd[real_bs] == 0 for x_bsd in inputs)
+    assert 0.2 < first.float().mean() < 0.4
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_steps_and_seeds_noise_differently_and_the_same_step_alike() -> None:

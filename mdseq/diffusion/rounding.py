@@ -1,7 +1,7 @@
 """Between embeddings and tokens: cross-entropy, the likeliest token, the nearest embedding, the mean embedding.
 
-The logits of the whole vocabulary exist for CHUNK_LOGITS values at a time, in the forward and in the backward pass, so
-that memory does not grow with the product of length and vocabulary. All arithmetic is in fp32, or in fp64 where an
+The logits of the whole vocabulary exist for some millions of values at a time, in the forward and in the backward pass,
+so that memory does not grow with the product of length and vocabulary. All arithmetic is in fp32, or in fp64 where an
 input is.
 
 Shapes: b batch, l length, n positions, c positions of a chunk, z embedding dimension, y dimension of scores, v
@@ -27,6 +27,8 @@ NOT_TARGETS: list[int] = [SpecialToken.PAD, SpecialToken.UNK, SpecialToken.BOS, 
 # 32 MiB in fp32. Alone on a CPU, chunks of 8 to 32 MiB are about as fast; where threads are more than free cores, each
 # operation waits for the last thread, and the fewer there are, the better.
 CHUNK_LOGITS = 2**23
+# 256 MiB, little beside a GPU's memory. Each chunk is a dozen kernels, and they must take longer than to launch them.
+CHUNK_LOGITS_ON_GPU = 2**26
 
 
 def cross_entropy(x_nz: Tensor, vocabulary: Vocabulary, token_n: Tensor, weight_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +164,7 @@ def _chunks(
     num_positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """Cut the positions into chunks, at least one, each with room for its logits [c, v]: the same memory for all."""
-    size = max(1, CHUNK_LOGITS // vocab_size)
+    size = max(1, (CHUNK_LOGITS_ON_GPU if device.type == "cuda" else CHUNK_LOGITS) // vocab_size)
     room_cv = torch.empty(min(size, num_positions), vocab_size, dtype=dtype, device=device)
     for start in range(0, max(1, num_positions), size):
         yield slice(start, start + size), room_cv[: num_positions - start]

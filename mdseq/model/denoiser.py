@@ -110,7 +110,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing: ActivationCheckpointing = activation_checkpointing
-        d = config.hidden_dim
+        d, recompute = config.hidden_dim, activation_checkpointing != "none"
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.head = TokenBias(config.vocab_size)
         self.time = TimeEmbedding(config.embedding_dim, d)
@@ -121,9 +121,9 @@ class Denoiser(nn.Module):
             Block(
                 d,
                 SelfAttention(d, config.num_heads, pattern, config.attention_engine),
-                RoutedExperts(d, config.feedforward_dim, config.num_experts, config.top_k)
+                RoutedExperts(d, config.feedforward_dim, config.num_experts, config.top_k, recompute=recompute)
                 if config.num_experts
-                else DenseFeedForward(d, config.feedforward_dim),
+                else DenseFeedForward(d, config.feedforward_dim, recompute=recompute),
                 post_norm=config.post_norm,
             )
             for pattern in config.patterns
@@ -168,7 +168,8 @@ class Denoiser(nn.Module):
         config = self.config
         if config.self_conditioning:
             z_blz = torch.cat([z_blz, torch.zeros_like(z_blz) if estimate_blz is None else estimate_blz], dim=-1)
-        x_bld = self.input(z_blz.to(self.norm.weight.dtype)) + self.time(time_bl)
+        call = block_caller(self.activation_checkpointing)
+        x_bld = call(self._encode, z_blz, time_bl)
         layout = self.layout(documents)
         # Called, not read: under ZeRO-3 a weight is whole only inside its module's forward pass.
         global_gd = None if self.globals is None else self.globals(torch.arange(config.num_global, device=x_bld.device))
@@ -176,10 +177,21 @@ class Denoiser(nn.Module):
         angles = rotary_angles(layout.position_bs, config.hidden_dim // config.num_heads)
         if dropout is not None:
             x_bsd = dropout.add(None, x_bsd, layout)
-        call = block_caller(self.activation_checkpointing)
         for index, block in enumerate(self.blocks):
             x_bsd = call(block, x_bsd, angles, layout, dropout and dropout.of_layer(index))
+        return call(self._decode, x_bsd, layout)
+
+    def _encode(self, z_blz: Tensor, time_bl: Tensor) -> Tensor:
+        return self.input(z_blz.to(self.norm.weight.dtype)) + self.time(time_bl)
+
+    def _decode(self, x_bsd: Tensor, layout: Layout) -> Tensor:
         return self.output(self.norm(layout.to_tokens(x_bsd))).float()
+
+    def cast_layers(self, dtype: torch.dtype) -> None:
+        """Compute in another type; embeddings, and what embeddings are scored against, stay in theirs."""
+        for module in (self.time, self.input, self.globals, self.blocks, self.norm, self.output):
+            if module is not None:
+                module.to(dtype)
 
     def layout(self, documents: Documents) -> Layout:
         """The slots that the layers see."""

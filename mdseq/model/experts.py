@@ -13,17 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdseq.model.recompute import in_pieces
+
 
 class DenseFeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202).
 
-    def __init__(self, hidden_dim: int, feedforward_dim: int) -> None:
+    With `recompute`, long rows are trained on piece by piece, see `mdseq/model/recompute.py`.
+    """
+
+    def __init__(self, hidden_dim: int, feedforward_dim: int, *, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.gate_up = nn.Linear(hidden_dim, 2 * feedforward_dim, bias=False)
         self.down = nn.Linear(feedforward_dim, hidden_dim, bias=False)
 
     def forward(self, x_bsd: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x_bsd)))
+        out_nd = in_pieces(
+            lambda x_nd: self.down(swiglu(self.gate_up(x_nd))), x_bsd.flatten(0, 1), recompute=self.recompute
+        )
+        return out_nd.view(x_bsd.shape)
 
 
 class Experts(nn.Module):
@@ -48,12 +57,16 @@ class RoutedExperts(nn.Module):
     """A mixture of experts: softmax router, top-k without dropping; weights sum to 1 over the k, if there are several.
 
     AutoEP (DeepSpeed) recognises a module with `gate` and `experts` and replaces it by its own layer, which computes
-    the same function and spreads the experts over ranks.
+    the same function and spreads the experts over ranks. With `recompute`, long rows are trained on piece by piece, see
+    `mdseq/model/recompute.py`.
     """
 
-    def __init__(self, hidden_dim: int, feedforward_dim: int, num_experts: int, top_k: int) -> None:
+    def __init__(
+        self, hidden_dim: int, feedforward_dim: int, num_experts: int, top_k: int, *, recompute: bool = False
+    ) -> None:
         super().__init__()
         self.top_k = top_k
+        self.recompute = recompute
         self.gate = nn.Linear(hidden_dim, num_experts, bias=False)
         self.experts = Experts(num_experts, hidden_dim, feedforward_dim)
 
@@ -63,13 +76,16 @@ class RoutedExperts(nn.Module):
         weight_nk, expert_nk = probability_ne.topk(self.top_k, dim=-1)
         if self.top_k > 1:  # a single weight would always be 1, and the router learn nothing from the output
             weight_nk = weight_nk / weight_nk.sum(dim=-1, keepdim=True)
+        return in_pieces(self._combined, x_nd, weight_nk, expert_nk, recompute=self.recompute).view(x_bsd.shape)
 
+    def _combined(self, x_nd: Tensor, weight_nk: Tensor, expert_nk: Tensor) -> Tensor:
+        """The weighted sum of each slot's experts."""
         order_a = expert_nk.flatten().argsort(stable=True)
-        count_e = expert_nk.flatten().bincount(minlength=probability_ne.shape[1])
+        count_e = expert_nk.flatten().bincount(minlength=self.gate.out_features)
         out_ad = self.experts(x_nd[order_a // self.top_k], count_e)
         out_ad = torch.empty_like(out_ad).index_copy(0, order_a, out_ad)
         out_nd = (out_ad.view(*expert_nk.shape, -1) * weight_nk[..., None]).sum(dim=1)
-        return out_nd.to(x_bsd.dtype).view(x_bsd.shape)
+        return out_nd.to(x_nd.dtype)
 
 
 @contextmanager

@@ -3,7 +3,11 @@
 Computing a block again costs a second forward pass (Chen et al., arXiv 1604.06174). Nothing in a block draws random
 numbers, so it comes out the same to the bit, and with it the loss and all gradients.
 
-Shapes: b batch, s slots, d hidden dimension.
+In very long rows, the inside of a single block is too large as well, and most of it is that of the feed-forward layer.
+As this takes one slot like the other, it is computed for a piece of the row at a time (as ALST's tiled MLP, arXiv
+2506.13996, section 3.1); the sum over pieces then rounds differently in the gradients of the weights.
+
+Shapes: b batch, s slots, n = b * s slots of all rows, d hidden dimension.
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ ActivationCheckpointing = Literal["none", "recompute", "offload"]
 # torch rounds pinned memory up to a power of 2. In one piece, the input of a row of 2^20 tokens and a few global slots
 # would take twice its size.
 PIECE_BYTES = 2**26
+# Slots of a feed-forward layer: enough for a GPU to be busy, few enough to be small beside the rest of a block.
+PIECE_SLOTS = 2**17
 
 
 def block_caller(mode: ActivationCheckpointing) -> Callable[..., Tensor]:
-    """How one forward pass calls its blocks, in order: `call(block, x_bsd, *shared)` is `block(x_bsd, *shared)`.
+    """How one forward pass calls its parts, in order: `call(block, x_bsd, *shared)` is `block(x_bsd, *shared)`.
 
     "recompute" keeps x_bsd, and computes the block again when the backward pass needs what is inside; "offload" keeps
     x_bsd in CPU memory. Without gradients, as while sampling, both are plain calls.
@@ -51,6 +57,19 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), of which the inputs are kept for the backward pass."""
     output: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return output
+
+
+def in_pieces(function: Callable[..., Tensor], *inputs_n: Tensor, recompute: bool) -> Tensor:
+    """function(*inputs_n) of a function that takes one slot like the other, for PIECE_SLOTS of them at a time.
+
+    With gradients, that saves memory only if each piece is computed again from its inputs: with `recompute`, or not at
+    all.
+    """
+    grad_enabled = torch.is_grad_enabled()
+    if len(inputs_n[0]) <= PIECE_SLOTS or (grad_enabled and not recompute):
+        return function(*inputs_n)
+    pieces = zip(*(x_n.split(PIECE_SLOTS) for x_n in inputs_n), strict=True)
+    return torch.cat([recomputed(function, *piece) if grad_enabled else function(*piece) for piece in pieces])
 
 
 class CpuStore:

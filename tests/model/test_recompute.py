@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mdseq.diffusion.objective import DiffusionObjective
-from mdseq.model.recompute import CpuStore, block_caller
+from mdseq.model.recompute import CpuStore, block_caller, in_pieces
+from mdseq.sparse import Documents
 from tests.diffusion.batches import EVERYTHING, PACKED, POSTERIOR, SQUARED_ERROR, make_batch, tiny_objective
 
 VARIANTS = {
@@ -76,6 +77,16 @@ def test_a_layer_more_costs_its_input_and_no_more() -> None:
     assert per_layer["none"] > 12 * per_layer["recompute"]
 
 
+def test_before_and_after_the_blocks_too_the_input_is_all_that_is_kept() -> None:
+    denoiser = tiny_objective("model.activation_checkpointing=recompute", "model.embedding_dim=4").denoiser
+    z_blz, time_bl = torch.randn(3, 50, 4, requires_grad=True), torch.zeros(3, 50)
+    layout_bytes = 8 * 3 * 51 * 2  # where each slot's content stands, and back
+    inputs = 4 * 3 * (50 * 4 + 3 * 51 * 16)  # of what comes before, of two blocks, and of what comes after
+    with counted_bytes() as total:
+        denoiser(z_blz, time_bl, Documents.whole(torch.tensor([50, 50, 50]), 50))
+    assert total[0] <= inputs + layout_bytes
+
+
 def test_without_gradients_nothing_is_kept_and_blocks_run_plainly() -> None:
     calls = []
 
@@ -101,3 +112,32 @@ def test_what_a_gpu_keeps_in_cpu_memory_comes_back(monkeypatch: pytest.MonkeyPat
     torch.empty(10**6, device="cuda").fill_(7.0)  # over the memory that the copies had
     for ticket, x in zip(tickets[::-1], expected[::-1], strict=True):
         assert torch.equal(store.get(ticket), x)
+
+
+@pytest.mark.parametrize("overrides", [["experts.num_experts=4"], ["experts.num_experts=0"]], ids=["experts", "dense"])
+def test_long_rows_pass_the_feedforward_layers_in_pieces(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, expected = trained("none", *overrides)
+    monkeypatch.setattr("mdseq.model.recompute.PIECE_SLOTS", 7)
+    sparing, found = trained("recompute", *overrides)
+    torch.testing.assert_close(found, expected)
+    for weight, other in zip(plain.parameters(), sparing.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, weight.grad)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(make_batch(PACKED)), expected)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_pieces_keep_their_inputs_only(with_gradients: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mdseq.model.recompute.PIECE_SLOTS", 10)
+    lengths: list[int] = []
+
+    def inside(x_nd: Tensor) -> Tensor:
+        lengths.append(len(x_nd))
+        return x_nd.exp().exp().exp().exp()
+
+    x_nd = torch.randn(24, 3, requires_grad=True)
+    with torch.set_grad_enabled(with_gradients), counted_bytes() as total:
+        out_nd = in_pieces(inside, x_nd, recompute=True)
+    assert lengths == [10, 10, 4]
+    assert total == [x_nd.nbytes if with_gradients else 0]
+    assert torch.equal(out_nd, inside(x_nd))

@@ -8,15 +8,18 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdseq.cli import generate as command_module
 from mdseq.cli import main
 from mdseq.cli.results import FileResults
+from mdseq.cli.weights import load_run
 from mdseq.diffusion.estimates import READINGS
 from mdseq.diffusion.solvers import SOLVERS
 from mdseq.diffusion.time_grids import TIME_GRIDS
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.generate.text import TextGenerator
+from mdseq.model.saved import SavedModel
 from tests.generate.models import save_tiny_model
 
 FAST = ["--steps", "2"]
@@ -75,6 +78,23 @@ def test_one_text_is_printed_as_it_is(text_model: str, capsys: pytest.CaptureFix
     assert first.out.strip("\n")
     generate(text_model, "--source", "the river", "--length", 20, "--seed", 1)
     assert capsys.readouterr().out != first.out
+
+
+def test_in_bf16(text_model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers alone, not what embeddings are scored against."""
+    loaded = []
+
+    def load(*asked) -> SavedModel:
+        loaded.append(load_run(*asked))
+        return loaded[-1]
+
+    monkeypatch.setattr(command_module, "load_run", load)
+    assert generate(text_model, "--source", "the river", "--length", 20, "--precision", "bf16") == 0
+    assert capsys.readouterr().out.strip("\n")
+    dtypes = {name: weight.dtype for name, weight in loaded[0].denoiser.named_parameters()}
+    in_fp32 = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert in_fp32 == {"embedding.weight", "head.bias"}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
 
 
 def test_several_are_numbered(text_model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,7 +94,7 @@ class SavedModel:
         """SHA-256 of the weights, whatever files they came from."""
         digest = hashlib.sha256()
         for values in (*self.denoiser.parameters(), self.m_z):
-            digest.update(values.detach().cpu().contiguous().numpy().data)
+            digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().data)  # numpy has no bfloat16
         return digest.hexdigest()
 
 

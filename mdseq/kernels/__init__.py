@@ -1,1 +1,8 @@
-"""Operations that are one pass over memory on a GPU."""
+"""Operations that a GPU would spend its time on moving memory for, each a function that works on any device."""
+
+from mdseq.kernels.grouped import grouped_linear
+from mdseq.kernels.rotate import rotate
+from mdseq.kernels.rows import combine, dispatch
+from mdseq.kernels.swiglu import swiglu
+
+__all__ = ["combine", "dispatch", "grouped_linear", "rotate", "swiglu"]

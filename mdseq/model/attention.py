@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mdseq.model.embedding import rotate
+from mdseq.kernels import rotate
 from mdseq.sparse import Layout, Pattern, attend
 
 

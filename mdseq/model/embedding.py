@@ -1,6 +1,6 @@
 """Embeddings of time and of position.
 
-Shapes: b batch, l length, s slots, h heads, e head dimension.
+Shapes: b batch, l length, s slots.
 """
 
 from __future__ import annotations
@@ -37,10 +37,3 @@ def rotary_angles(position_bs: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     exponent = torch.arange(0, head_dim, 2, device=position_bs.device, dtype=torch.float32) / head_dim
     angle = position_bs[..., None, None].float() * ROTARY_BASE**-exponent
     return angle.cos(), angle.sin()
-
-
-def rotate(x_bshe: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i + e/2}) by its position's angle."""
-    cos, sin = (angle.to(x_bshe.dtype) for angle in angles)
-    first, second = x_bshe.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mdseq.kernels import grouped_linear, swiglu
+from mdseq.model.assignment import Assignment
 from mdseq.model.recompute import in_pieces
 
 
@@ -43,14 +44,17 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * feedforward_dim, hidden_dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_dim, feedforward_dim))
 
-    def forward(self, x_ad: Tensor, count_e: Tensor) -> Tensor:
-        """Apply to rows sorted by expert, `count_e` of them each."""
-        groups = x_ad.split(count_e.tolist())
-        outputs = [
-            F.linear(swiglu(F.linear(x, gate_up)), down)
-            for x, gate_up, down in zip(groups, self.gate_up_proj, self.down_proj, strict=True)
-        ]
-        return torch.cat(outputs)
+    def forward(self, x_ad: Tensor, weight_a: Tensor, end_e: Tensor) -> Tensor:
+        """Apply to rows sorted by expert, and weight the results.
+
+        The weight comes before the last product, which is linear: so its gradient does not need the product's result.
+
+        Args:
+            weight_a: fp32.
+            end_e: int32, the row behind the last of each expert.
+        """
+        inner_af = swiglu(grouped_linear(x_ad, self.gate_up_proj, end_e), weight_a)
+        return grouped_linear(inner_af, self.down_proj, end_e)
 
 
 class RoutedExperts(nn.Module):
@@ -80,12 +84,11 @@ class RoutedExperts(nn.Module):
 
     def _combined(self, x_nd: Tensor, weight_nk: Tensor, expert_nk: Tensor) -> Tensor:
         """The weighted sum of each slot's experts."""
-        order_a = expert_nk.flatten().argsort(stable=True)
-        count_e = expert_nk.flatten().bincount(minlength=self.gate.out_features)
-        out_ad = self.experts(x_nd[order_a // self.top_k], count_e)
-        out_ad = torch.empty_like(out_ad).index_copy(0, order_a, out_ad)
-        out_nd = (out_ad.view(*expert_nk.shape, -1) * weight_nk[..., None]).sum(dim=1)
-        return out_nd.to(x_nd.dtype)
+        assignment = Assignment.of(expert_nk, self.gate.out_features)
+        out_ad = self.experts(
+            assignment.rows_of_tokens(x_nd), assignment.rows_of_assignments(weight_nk), assignment.end_e
+        )
+        return assignment.sum_of_rows(out_ad)
 
 
 @contextmanager
@@ -105,8 +108,3 @@ def captured_router_logits(denoiser: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

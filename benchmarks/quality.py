@@ -38,16 +38,16 @@ from mdseq.generate.text import TextGenerator
 ROOT = Path(__file__).parent.parent
 SHAPE = [
     "model.hidden_dim=512", "model.num_layers=8", "model.num_heads=8", "model.feedforward_dim=1536",
-    "data.row_length=256", "data.packing=whole", "data.batch_size=64", "data.micro_batch_size=64",
+    "data.row_length=256", "data.packing=whole", "data.batch_size=256", "data.micro_batch_size=256",
     "schedule.warmup_steps=300", "checkpoint.interval_steps=1000000", "checkpoint.keep_last=1",
     "report.sample_interval_steps=0", "report.valid_rows=256", "report.log_interval_steps=50",
 ]  # fmt: skip
 MODELS: dict[str, list[str]] = {
     "ours": [
         "--spec", "moe_diffuseq", *SHAPE, "attention.num_global=2", "attention.dilation=[1]", "attention.window=128",
-        "experts.feedforward_dim=768", "model.dropout=0.3", "diffusion.source_dropout=0.15",
-        "diffusion.condition_dropout=0.1", "diffusion.self_conditioning=0.5",
-        "optimiser.learning_rate=7e-4", "optimiser.weight_decay=0.05", "optimiser.ema_decay=0.999",
+        "experts.feedforward_dim=768", "model.dropout=0.2", "diffusion.source_dropout=0.1",
+        "diffusion.self_conditioning=0.5",
+        "optimiser.learning_rate=1e-3", "optimiser.weight_decay=0.1", "optimiser.ema_decay=0.999",
         "optimiser.precision=bf16",
     ],
     "diffuseq": [
@@ -55,7 +55,7 @@ MODELS: dict[str, list[str]] = {
         "optimiser.precision=bf16",
     ],
 }  # fmt: skip
-CALLS, GUIDANCE = (20, 50), (1.0, 1.5, 2.0)
+CALLS, TEMPERATURES = (20, 50, 100), (0.0, 0.3)
 OF_DIFFUSEQ = (SamplerOptions(20), SamplerOptions(2000, solver="ddpm", clamp=True))
 PROBE_STEPS = 150  # the first third is start-up
 LOADING_SHARE = 0.02  # of the minutes, for what stands between the steps
@@ -150,7 +150,7 @@ def steps_within(name: str, options: argparse.Namespace) -> int:
 def settings(name: str) -> list[SamplerOptions]:
     if name == "diffuseq":
         return list(OF_DIFFUSEQ)
-    return [SamplerOptions(calls, temperature=0.0, guidance=weight) for calls in CALLS for weight in GUIDANCE]
+    return [SamplerOptions(calls, temperature=heat) for calls in CALLS for heat in TEMPERATURES]
 
 
 def measure(name: str, options: argparse.Namespace) -> Score:

@@ -98,14 +98,14 @@ DENSE_ATTENTION, DENSE_FFN = ("attention.kind=full",), ("experts.num_experts=0",
 def cases() -> list[Case]:
     of_lengths = [
         Case("moe", hidden, length, max(1, tokens // length), layers=layers)
-        for hidden, layers, tokens in ((1024, 12, 32_768), (2048, 8, 16_384))
+        for hidden, layers, tokens in ((1024, 12, 65_536), (2048, 8, 32_768))
         for length in (4096, 16_384, 65_536)
     ]
     return [
         *of_lengths,
-        Case("dense FFN", 1024, 16_384, 2, DENSE_FFN),
-        Case("dense FFN", 2048, 16_384, 1, DENSE_FFN, layers=8),
-        Case("dense attention", 1024, 16_384, 2, DENSE_ATTENTION),
+        Case("dense FFN", 1024, 16_384, 4, DENSE_FFN),
+        Case("dense FFN", 2048, 16_384, 2, DENSE_FFN, layers=8),
+        Case("dense attention", 1024, 16_384, 4, DENSE_ATTENTION),
         Case("dense attention", 1024, 65_536, 1, DENSE_ATTENTION),
     ]
 
@@ -193,8 +193,8 @@ def measure(case: Case, options: argparse.Namespace) -> Result:
     spec = case.spec(options.overrides)
     trainer = trainer_of(spec, options.ds_config, device)
     trainer.objective.train()
-    seconds = [timed_step(trainer, device) for _ in range(options.warmups + options.steps)][options.warmups :]
-    step = statistics.median(seconds)
+    timed_steps(trainer, device, options.warmups)
+    step = timed_steps(trainer, device, options.steps) / options.steps
     split, top, launches = profiled(trainer, device, step) if device.type == "cuda" else ({}, [], 0)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     flops = useful_flops(spec, trainer.objective.config)
@@ -215,9 +215,11 @@ def measure(case: Case, options: argparse.Namespace) -> Result:
     return result
 
 
-def timed_step(trainer: Any, device: torch.device) -> float:
+def timed_steps(trainer: Any, device: torch.device, count: int) -> float:
+    """Seconds of some steps; as in training, one may begin before the GPU is done with the one before."""
     started = time.perf_counter()
-    trainer._take_step()
+    for _ in range(count):
+        trainer._take_step()
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -229,8 +231,7 @@ def profiled(
     """Where the time of a step goes; what is left of `step`, which was taken without the profiler, is idle."""
     steps = 2
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            timed_step(trainer, device)
+        timed_steps(trainer, device, steps)
     events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
     kinds: Counter[str] = Counter()
     for event in events:

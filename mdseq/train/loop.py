@@ -70,8 +70,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.spec.guard)
-        self._loss_is_fine = True
-        check_gradient_norm(self.engine, lambda norm: self._loss_is_fine and self.guard.allows("gradient norm", norm))
+        self._losses: list[Tensor] = []  # of this step's micro-batches, until they are looked at
+        check_gradient_norm(self.engine, self._allows)
 
     @property
     def objective(self) -> DiffusionObjective:
@@ -104,16 +104,15 @@ class Trainer:
         self.valid_loss = None
         reported = self.objective.statistics.tally.clone()
         micro_batches = self.loader.micro_batches(self.step)
-        losses = []
+        self._losses = []
         for batch in micro_batches:
             loss = self.engine(batch.to(self.device))
+            self._losses.append(loss.detach())
             self.engine.backward(loss)
-            losses.append(loss.detach())
-            if len(losses) == len(micro_batches):
-                global_loss = self.agreement.mean(float(torch.stack(losses).mean()))
-                self._loss_is_fine = self.guard.allows("loss", global_loss)
             self.engine.step()
         if step_was_skipped(self.engine):
+            if self._losses:  # DeepSpeed has found the gradient to be infinite before anyone was asked
+                self._allows_loss()
             self._forget_step(micro_batches, reported)
         else:
             self._agree_on_tallies()
@@ -121,6 +120,15 @@ class Trainer:
             self.guard.end_step(taken=True)
         self.step += 1
         self.tokens += micro_batches[0].totals.tokens
+
+    def _allows(self, gradient_norm: float) -> bool:
+        """Whether a step may be taken: asked once its gradient is known, so that the host waits for a GPU only once."""
+        return self._allows_loss() and self.guard.allows("gradient norm", gradient_norm)
+
+    def _allows_loss(self) -> bool:
+        loss = self.agreement.mean(float(torch.stack(self._losses).mean()))
+        self._losses = []
+        return self.guard.allows("loss", loss)
 
     def _forget_step(self, micro_batches: Sequence[Batch], reported: Tensor) -> None:
         """Leave no trace of a step that was not taken, but for a message; `reported` are the statistics before it."""

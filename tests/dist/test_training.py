@@ -81,7 +81,7 @@ def test_every_way_to_spread_a_run_gives_the_same_losses_and_weights(
 
 
 def test_experts_on_two_ranks_equal_experts_on_one(text_dataset, tmp_path):
-    """EP=2 against EP=1, both adopted by AutoEP."""
+    """EP=2, adopted by AutoEP, against our own layer."""
     spread = run(text_dataset, tmp_path / "ep2", 2, "zero3_experts", "data.micro_batch_size=2")
     ep1 = tmp_path / "ep1.json"
     ep1.write_text((DS_CONFIGS / "zero3_experts.json").read_text().replace('"autoep_size": "auto"', '"autoep_size": 1'))

@@ -61,7 +61,7 @@ def test_swiglu(rows, inner, weighted, dtype):
 
 def test_swiglu_of_extreme_numbers():
     gate_up = torch.tensor([[-3e38, 1.0], [-100.0, 1.0], [100.0, 2.0], [0.0, 3e38]], device="cuda")
-    ours, exact = (outcome(f, [gate_up], torch.ones(4, 1)) for f in (swiglu, plain_swiglu))
+    ours, exact = (outcome(f, [gate_up], torch.ones(4, 1, device="cuda")) for f in (swiglu, plain_swiglu))
     torch.testing.assert_close(ours, exact)
 
 

@@ -15,10 +15,14 @@ def check_gradient_norm(engine: DeepSpeedEngine, allowed: Callable[[float], bool
     """Have every rank skip a step whose gradient norm is not finite, or not `allowed`.
 
     The norm is that of the whole gradient, the same on every rank, before clipping. DeepSpeed skips a step by itself if
-    the norm is infinite; so one that is not allowed is shown to it as such.
+    the norm is infinite; so one that is not allowed is shown to it as such. It is computed in fp32: for fp64, DeepSpeed
+    would make copies of all gradients, which took 4 % of a step of 1.6 billion weights on an H200.
     """
     from deepspeed.runtime.utils import combine_grad_norm_groups
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
+    for module in (stage_1_and_2, stage3):
+        module.get_norm_dtype = lambda: torch.float32
     optimizer = engine.optimizer
     by_group = engine.zero_optimization_stage() == 3
     name = "_get_norm_groups" if by_group else "scaled_global_norm"

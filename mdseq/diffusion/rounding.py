@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mdseq.data.tokenizer import SpecialToken
+from mdseq.kernels import softmax_numerators, softmax_slope
 from mdseq.model.denoiser import Vocabulary
 
 # What never stands in a target, and so must never be generated.
@@ -84,8 +85,8 @@ def mean_embedding(score_ny: Tensor, scored: Vocabulary, embedding_vz: Tensor) -
     """The mean of the embeddings under p(token | score) = softmax(score @ scored.embedding.T + bias), [n, z]."""
     means = []
     for logits_cv in _allowed_logits(score_ny, scored.embedding_vz, scored.bias_v, []):
-        exp_cv = logits_cv.sub_(logits_cv.amax(dim=1, keepdim=True)).exp_()
-        means.append(exp_cv @ embedding_vz.to(exp_cv.dtype) / exp_cv.sum(dim=1, keepdim=True))
+        total_c = softmax_numerators(logits_cv)
+        means.append(logits_cv @ embedding_vz.to(logits_cv.dtype) / total_c[:, None])
     return torch.cat(means).to(score_ny.dtype)
 
 
@@ -115,24 +116,19 @@ class _CrossEntropy(torch.autograd.Function):
             bias_grad_v = torch.zeros_like(bias_v)
 
         for chunk, logits_cv in _chunks(len(x_nz), len(bias_v), dtype, x_nz.device):
-            token_c1, weight_c1 = token_n[chunk, None], weight_n[chunk, None]
-            x_cz = torch.where(weight_c1 != 0, x_nz[chunk].to(dtype), 0.0)  # 0 * NaN would not be 0
+            weight_c = weight_n[chunk]
+            x_cz = torch.where(weight_c[:, None] != 0, x_nz[chunk].to(dtype), 0.0)  # 0 * NaN would not be 0
             torch.addmm(bias_v, x_cz, embedding_vz.T, out=logits_cv)
-
-            # p = exp / total; the largest logit is taken off so that exp does not overflow.
-            logits_cv -= logits_cv.amax(dim=1, keepdim=True)
-            token_logit_c1 = logits_cv.gather(1, token_c1)
-            exp_cv = logits_cv.exp_()
-            total_c1 = exp_cv.sum(dim=1, keepdim=True)
-            loss_n[chunk] = torch.where(weight_c1 != 0, total_c1.log() - token_logit_c1, 0.0).squeeze(1)
+            total_c, loss_c = softmax_slope(logits_cv, token_n[chunk], differentiate)
+            loss_n[chunk] = torch.where(weight_c != 0, loss_c, 0.0)
 
             if differentiate:
                 # d loss / d logits = weight * (p - onehot) = scale * (exp - total * onehot). The scale waits until
                 # there is less to multiply.
-                slope_cv, scale_c1 = exp_cv.scatter_add_(1, token_c1, -total_c1), weight_c1 / total_c1
-                x_grad_nz[chunk] = scale_c1 * (slope_cv @ embedding_vz)
-                embedding_grad_vz.addmm_(slope_cv.T, scale_c1 * x_cz)
-                bias_grad_v.addmv_(slope_cv.T, scale_c1.squeeze(1))
+                slope_cv, scale_c = logits_cv, weight_c / total_c
+                x_grad_nz[chunk] = scale_c[:, None] * (slope_cv @ embedding_vz)
+                embedding_grad_vz.addmm_(slope_cv.T, scale_c[:, None] * x_cz)
+                bias_grad_v.addmv_(slope_cv.T, scale_c)
 
         if differentiate:
             ctx.save_for_backward(x_grad_nz, embedding_grad_vz, bias_grad_v)

@@ -3,6 +3,7 @@
 from mdseq.kernels.grouped import grouped_linear
 from mdseq.kernels.rotate import rotate
 from mdseq.kernels.rows import combine, dispatch
+from mdseq.kernels.softmax import softmax_numerators, softmax_slope
 from mdseq.kernels.swiglu import swiglu
 
-__all__ = ["combine", "dispatch", "grouped_linear", "rotate", "swiglu"]
+__all__ = ["combine", "dispatch", "grouped_linear", "rotate", "softmax_numerators", "softmax_slope", "swiglu"]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from mdseq.kernels import combine, dispatch, grouped_linear, rotate, swiglu
+from mdseq.kernels import combine, dispatch, grouped_linear, rotate, softmax_numerators, softmax_slope, swiglu
 from mdseq.kernels.grouped import loop_linear
 from mdseq.kernels.rotate import plain_rotate
 from mdseq.kernels.rows import plain_sum_rows
+from mdseq.kernels.softmax import plain_numerators, plain_slope
 from mdseq.kernels.swiglu import plain_swiglu
 from mdseq.model.assignment import Assignment
 from mdseq.model.experts import RoutedExperts
@@ -75,6 +76,36 @@ def test_rotate(shape, dtype):
     ours = outcome(lambda x: rotate(x, angles), [x], grad)
     exact = outcome(lambda x: plain_rotate(x, angles), doubles(x), grad)
     assert_near(ours, exact, 2)
+
+
+@pytest.mark.parametrize("differentiate", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (333, 7), (70, 4097), (1000, 16_384), (33, 65_536)])
+def test_softmax_of_logits(rows, width, differentiate):
+    logits = random(rows, width, dtype=torch.float32) * 3
+    token = torch.arange(rows, device="cuda") * 31 % width
+    numerators, slope = logits.clone(), logits.clone()
+    ours = [softmax_numerators(numerators), *softmax_slope(slope, token, differentiate)]
+    exact_numerators, exact_slope = logits.double(), logits.double()
+    exact = [plain_numerators(exact_numerators), *plain_slope(exact_slope, token, differentiate)]
+    assert_near(ours, exact, 16)
+    assert_near([numerators], [exact_numerators], 16)
+    if differentiate:
+        assert_near([slope], [exact_slope], 16)
+    else:
+        assert torch.equal(slope, logits)  # nothing is written that nobody needs
+
+
+def test_softmax_of_rows_beyond_32_bits():
+    """The last of more than 2**31 logits."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB")
+    width = 65_537
+    logits = torch.empty(2**31 // width + 2, width, device="cuda")
+    logits[-1] = random(width, dtype=torch.float32)
+    logits[:-1] = 0.0
+    exact = logits[-1:].double()
+    total = softmax_numerators(logits)
+    assert_near([total[-1:], logits[-1:]], [plain_numerators(exact), exact], 16)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -177,4 +208,5 @@ def test_kernels_compile_once_for_any_number_of_rows(monkeypatch):
         outcome(swiglu, [random(rows, 40, dtype=torch.bfloat16)], random(rows, 20, dtype=torch.bfloat16))
         x = random(1, rows, 3, 40, dtype=torch.bfloat16)
         outcome(lambda x, angle=angle[:, :rows]: rotate(x, (angle, angle)), [x], x)
-    assert len(compiled) <= 4
+        softmax_slope(random(rows, 40, dtype=torch.float32), torch.zeros(rows, dtype=torch.int64, device="cuda"), True)
+    assert len(compiled) <= 5

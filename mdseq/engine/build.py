@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -80,4 +80,16 @@ def build_engine(objective: nn.Module, config: EngineConfig) -> DeepSpeedEngine:
     engine, *_ = deepspeed.initialize(
         model=objective, model_parameters=groups, config=config.values, dist_init_required=False
     )
+    for module in engine.module.modules():
+        if getattr(module, "use_grouped_mm", False):  # experts of AutoEP
+            module.register_forward_pre_hook(_multiply_unaligned_experts_one_by_one)
     return engine
+
+
+def _multiply_unaligned_experts_one_by_one(experts: Any, _inputs: object) -> None:
+    """torch's grouped product refuses weights that do not start at a multiple of 16 bytes.
+
+    Under ZeRO-3 they may start anywhere: shares of all weights follow each other in one buffer. After DeepSpeed's own
+    hook, which makes the weights whole.
+    """
+    experts.use_grouped_mm = all(weight.data_ptr() % 16 == 0 for weight in experts.parameters(recurse=False))

@@ -1,6 +1,6 @@
 """The longest document that one GPU can be trained on, and how fast it writes a long one.
 
-    python -m benchmarks.longest_gpu [--lengths 65536,262144] [--seconds 200] [--json FILE] [--dry_run]
+    python -m benchmarks.longest_gpu [--lengths 65536,262144] [--modes offload] [--seconds 200] [--json FILE] [--dry_run]
 
 A document fills the row; the engine, the optimiser and the average of the weights are those of a real run. Each figure
 comes from a process of its own, so that one without memory ends alone, and what holds no longer document is not asked
@@ -203,11 +203,11 @@ def be_child(child: str) -> None:
     Path(answer).write_text(json.dumps([asdict(one) for one in results]))
 
 
-def longest(chosen: Sequence[int], dry: bool, deadline: float) -> Iterator[Trained]:
+def longest(chosen: Sequence[int], modes: Sequence[str], dry: bool, deadline: float) -> Iterator[Trained]:
     """Length by length, in every mode that still fits."""
-    fitting = list(MODES)
+    fitting = list(modes)
     for length in sorted(chosen):
-        for mode in MODES:
+        for mode in modes:
             if mode in fitting and time.monotonic() < deadline:
                 result = next(
                     (Trained(**one) for one in in_child("train", length, mode, dry=dry)), Trained(length, mode)
@@ -266,7 +266,8 @@ def measure(options: argparse.Namespace) -> None:
         keep(one)
     trained: list[Trained] = []
     try:
-        for result in longest(options.lengths or ([64] if options.dry_run else LENGTHS), options.dry_run, deadline):
+        chosen = options.lengths or ([64] if options.dry_run else LENGTHS)
+        for result in longest(chosen, options.modes, options.dry_run, deadline):
             trained.append(result)
             keep(result)
             print(f"{len(trained)}: {result}", file=sys.stderr)
@@ -285,6 +286,7 @@ def _append(path: Path | None, device: str, result: Trained | Written) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=lengths, metavar="N,N,...", help=f"default: {','.join(map(str, LENGTHS))}")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of activation checkpointing")
     parser.add_argument("--seconds", type=at_least(0), default=200, metavar="N", help="when to stop; default 200")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append one object a result")
     parser.add_argument("--dry_run", action="store_true", help="every path on the CPU, tiny")

@@ -44,19 +44,23 @@ SHAPE = [
 ]  # fmt: skip
 MODELS: dict[str, list[str]] = {
     "ours": [
-        "--spec", "moe_diffuseq", *SHAPE, "attention.num_global=2", "attention.dilation=[1]", "attention.window=128",
-        "experts.feedforward_dim=768", "model.dropout=0.2", "diffusion.source_dropout=0.1",
-        "diffusion.self_conditioning=0.5",
-        "optimiser.learning_rate=1e-3", "optimiser.weight_decay=0.1", "optimiser.ema_decay=0.999",
-        "optimiser.precision=bf16",
+        "--spec", "sa_diffuseq", *SHAPE, "attention.dilation=[1]", "attention.num_global=2", "model.dropout=0.2",
+        "diffusion.source_dropout=0.1", "diffusion.self_conditioning=0.5", "optimiser.learning_rate=1e-3",
+        "optimiser.weight_decay=0.1", "optimiser.ema_decay=0.999", "optimiser.precision=bf16",
     ],
     "diffuseq": [
-        "--spec", "diffuseq", *SHAPE, "optimiser.learning_rate=7e-4", "optimiser.ema_decay=0.999",
+        "--spec", "diffuseq", *SHAPE, "optimiser.learning_rate=3e-4", "optimiser.ema_decay=0.999",
         "optimiser.precision=bf16",
     ],
 }  # fmt: skip
-CALLS, TEMPERATURES = (20, 50, 100), (0.0, 0.3)
-OF_DIFFUSEQ = (SamplerOptions(20), SamplerOptions(2000, solver="ddpm", clamp=True))
+SETTINGS = {
+    "ours": [SamplerOptions(20, temperature=0.0), SamplerOptions(50, temperature=0.0)],
+    "diffuseq": [
+        SamplerOptions(20),
+        SamplerOptions(20, temperature=0.0),
+        SamplerOptions(200, solver="ddpm", clamp=True),
+    ],
+}
 PROBE_STEPS = 150  # the first third is start-up
 LOADING_SHARE = 0.02  # of the minutes, for what stands between the steps
 
@@ -147,12 +151,6 @@ def steps_within(name: str, options: argparse.Namespace) -> int:
     return max(1, int(60 * options.minutes * (1 - LOADING_SHARE) * rate / tokens_a_step))
 
 
-def settings(name: str) -> list[SamplerOptions]:
-    if name == "diffuseq":
-        return list(OF_DIFFUSEQ)
-    return [SamplerOptions(calls, temperature=heat) for calls in CALLS for heat in TEMPERATURES]
-
-
 def measure(name: str, options: argparse.Namespace) -> Score:
     steps = options.steps or steps_within(name, options)
     run = options.output / name
@@ -170,10 +168,10 @@ def measure(name: str, options: argparse.Namespace) -> Score:
     generator = TextGenerator.of(saved)
     held_out = Pairs(options.data, "valid", generator, options.pairs)
     bleu: dict[str, float] = {}
-    for setting in settings(name):
+    for setting in SETTINGS[name]:
         bleu[describe(setting)] = held_out.bleu(setting)
         print(f"  {describe(setting)}: valid BLEU {bleu[describe(setting)]:.2f}", flush=True)
-    chosen = max(settings(name), key=lambda setting: bleu[describe(setting)])
+    chosen = max(SETTINGS[name], key=lambda setting: bleu[describe(setting)])
     print(f"  with the lengths of the references: {held_out.bleu(chosen, given_lengths=True):.2f}", flush=True)
     test = Pairs(options.data, "test", generator, options.test_pairs)
     started = time.perf_counter()

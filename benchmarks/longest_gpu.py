@@ -1,6 +1,6 @@
 """The longest document that one GPU can be trained on, and how fast it writes a long one.
 
-    python -m benchmarks.longest_gpu [--lengths 65536,262144] [--modes offload] [--seconds 200] [--json FILE] [--dry_run]
+    python -m benchmarks.longest_gpu [--lengths 65536,262144] [--modes offload] [--seconds 200] [--dry_run]
 
 A document fills the row; the engine, the optimiser and the average of the weights are those of a real run. Each figure
 comes from a process of its own, so that one without memory ends alone, and what holds no longer document is not asked

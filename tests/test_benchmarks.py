@@ -29,8 +29,11 @@ def test_a_length_that_does_not_fit_ends_its_column(monkeypatch: pytest.MonkeyPa
         return [{"length": length, "mode": mode, "rate": 1.0}] if length <= fits[mode] else []
 
     monkeypatch.setattr(longest_gpu, "in_child", in_child)
-    asked = [(one.length, one.mode) for one in longest_gpu.longest([64, 16, 32, 128, 256], True, float("inf"))]
+    asked = [
+        (one.length, one.mode)
+        for one in longest_gpu.longest([64, 16, 32, 128, 256], longest_gpu.MODES, True, float("inf"))
+    ]
     everything, two, one = ["none", "recompute", "offload"], ["recompute", "offload"], ["offload"]
     expected = {16: everything, 32: everything, 64: two, 128: one}
     assert asked == [(length, mode) for length, modes in expected.items() for mode in modes]
-    assert list(longest_gpu.longest([16], True, 0.0)) == []
+    assert list(longest_gpu.longest([16], longest_gpu.MODES, True, 0.0)) == []

@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from mdseq.kernels.launch import has_triton
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -63,7 +63,7 @@ class NoiseKey:
 
     def normal(self, purpose: Purpose, length: int, dim: int) -> Tensor:
         """Standard normal fp32 [b, length, dim] (Box-Muller, two words for two values)."""
-        if runs_kernels(self.row_b):
+        if self.row_b.is_cuda and has_triton():
             from mdseq.kernels import random
 
             return random.normal(*self.numbers(purpose), self.row_b, length, dim)
@@ -75,7 +75,7 @@ class NoiseKey:
 
     def uniform(self, purpose: Purpose, length: int) -> Tensor:
         """Uniform fp32 [b, length] in (0, 1]."""
-        if runs_kernels(self.row_b):
+        if self.row_b.is_cuda and has_triton():
             from mdseq.kernels import random
 
             return random.uniform(*self.numbers(purpose), self.row_b, length)
@@ -96,16 +96,6 @@ class NoiseKey:
         )
         words = philox(torch.broadcast_tensors(*counter), (self.seed & _WORD, int(purpose)))
         return torch.cat(words, dim=-1)[..., :count]
-
-
-def runs_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels run on the tensor's device; triton comes with torch for GPUs only."""
-    return x.is_cuda and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -14,11 +14,12 @@ MOST_COLUMNS = 1024
 
 def has_kernels(x: Tensor) -> bool:
     """Kernels compute in float32: exact enough for all types but float64."""
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and _has_triton()
+    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether there is a compiler for kernels of our own: it comes with torch for GPUs only."""
     return find_spec("triton") is not None
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mdseq.noise import NoiseKey, Purpose, philox, runs_kernels
+from mdseq.kernels.launch import has_kernels
+from mdseq.noise import NoiseKey, Purpose, philox
 from mdseq.sparse import Layout
 
 ATTENTION, FEEDFORWARD = range(2)
@@ -44,7 +45,7 @@ class Dropout:
         """residual + x * kept / (1 - share), with no residual for None; in fp32 at least, then rounded: [b, s, d]."""
         place = 2 * self.layer + sublayer
         wide = torch.promote_types(x_bsd.dtype, torch.float32)
-        if runs_kernels(x_bsd) and wide == torch.float32:
+        if has_kernels(x_bsd):
             from mdseq.kernels.dropout import add_dropped
 
             numbers = self.key.numbers(Purpose.DROPOUT)

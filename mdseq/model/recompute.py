@@ -82,8 +82,10 @@ class CpuStore:
     def __init__(self) -> None:
         self.kept: list[_Kept] = []
 
-    def put(self, x: Tensor) -> int:
-        """Start to copy; what is returned is for `get`."""
+    def put(self, x: Tensor) -> Tensor | int:
+        """Start to copy; what is returned is for `get`. What is in CPU memory stays as it is."""
+        if not x.is_cuda:  # torch's checkpointing keeps an empty tensor of its own there
+            return x
         x = x.detach().contiguous()
         pieces = [torch.empty(one.shape, dtype=x.dtype, pin_memory=True) for one in _pieces(x)]
         stream = _copy_stream(x.device)
@@ -95,7 +97,9 @@ class CpuStore:
         self.kept.append(_Kept(pieces, x.shape, x.device))
         return len(self.kept) - 1
 
-    def get(self, index: int) -> Tensor:
+    def get(self, index: Tensor | int) -> Tensor:
+        if isinstance(index, Tensor):
+            return index
         kept = self.kept[index]
         x, kept.fetched = self._fetch(kept), None
         torch.cuda.current_stream(x.device).wait_stream(_copy_stream(x.device))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from mdseq.kernels.launch import has_triton
 from mdseq.sparse.banded import attend_banded
 from mdseq.sparse.dense import attend_dense
 from mdseq.sparse.documents import Layout
@@ -99,7 +99,7 @@ class Call:
         """On a device of this machine."""
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
         return cls(
-            device.type, dtype, head_dim, needs_gradient, num_slots, num_documents, capability, has_triton=_has_triton()
+            device.type, dtype, head_dim, needs_gradient, num_slots, num_documents, capability, has_triton=has_triton()
         )
 
 
@@ -185,11 +185,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _version(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

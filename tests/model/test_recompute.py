@@ -114,6 +114,25 @@ def test_what_a_gpu_keeps_in_cpu_memory_comes_back(monkeypatch: pytest.MonkeyPat
         assert torch.equal(store.get(ticket), x)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_blocks_whose_inputs_were_kept_in_cpu_memory_have_the_same_gradients() -> None:
+    weights = [torch.randn(64, 64, device="cuda", requires_grad=True) for _ in range(4)]
+    x = torch.randn(33, 64, device="cuda", requires_grad=True)
+    gradients = []
+    for mode in ("none", "recompute", "offload"):
+        call, out = block_caller(mode), x
+        for weight in weights:
+            out = call(lambda x, weight: (x @ weight).tanh(), out, weight)
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, *weights]))
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, gradients[0], strict=True))
+
+
+def test_what_is_in_cpu_memory_stays_there() -> None:
+    store, x = CpuStore(), torch.ones(3)
+    assert store.get(store.put(x)) is x
+
+
 @pytest.mark.parametrize("overrides", [["experts.num_experts=4"], ["experts.num_experts=0"]], ids=["experts", "dense"])
 def test_long_rows_pass_the_feedforward_layers_in_pieces(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     plain, expected = trained("none", *overrides)

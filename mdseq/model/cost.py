@@ -79,11 +79,11 @@ def memory_per_rank(
 ) -> dict[str, float]:
     """Estimated GiB on the device of one rank, by component.
 
-    State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch: of each layer about
-    16 d per token for attention and norms, 3 f and 2 d per token and chosen expert, or with activation checkpointing
-    the d of its input, and one layer as above at a time; and about eight embeddings a token in fp32, from the noise to
-    the scores. Logits of the vocabulary exist a chunk at a time, and are left out; so is what the process holds
-    besides, such as libraries and buffers for communication.
+    State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch, with the kernels of a
+    GPU (plain PyTorch keeps more): of each layer about 9 d per token for attention and norms, 3 f and d per token and
+    chosen expert, or with activation checkpointing the d of its input, and one layer as above at a time; and about
+    eight embeddings a token in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time,
+    and are left out; so is what the process holds besides, such as libraries and buffers for communication.
     """
     parameters = count_parameters(config, spec.diffusion.absorbing)
     value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
@@ -94,7 +94,7 @@ def memory_per_rank(
     tokens = spec.data.micro_batch_size * spec.data.row_length
     d, layers = config.hidden_dim, config.num_layers
     chosen = config.top_k if config.num_experts else 1
-    per_token_layer = 16 * d + (3 * config.feedforward_dim + 2 * d) * chosen
+    per_token_layer = 9 * d + (3 * config.feedforward_dim + d) * chosen
     per_token = {
         "none": layers * per_token_layer,
         "recompute": layers * d + per_token_layer,

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gpu import Bench, Ceilings
 from mdseq.errors import UserError, exit_status
 from mdseq.sparse import Documents, Pattern, attend
 from mdseq.sparse.count import BACKWARD_TO_FORWARD, forward_flops, visible_pairs
@@ -108,36 +107,6 @@ def cases() -> Iterator[Case]:
             yield Case("documents", 65536, head_dim=head_dim, num_documents=num_documents)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where to measure and how."""
-
-    device: str
-    dtype: torch.dtype
-    warmups: int
-    repeats: int
-    dry: bool
-
-    def milliseconds(self, run: Callable[[], object]) -> float:
-        """The median of several runs after some to warm up."""
-        for _ in range(self.warmups):
-            run()
-        if self.dry:
-            started = time.perf_counter()
-            run()
-            return (time.perf_counter() - started) * 1e3
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
-        for start, end in events:
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype)
-
-
 def ours(engine: str, case: Case, bench: Bench) -> tuple[Attention, int]:
     """An engine of ours and the number of its slots."""
     document_bl, position_bl = (x.to(bench.device) for x in (case.documents.document_bl, case.documents.position_bl))
@@ -193,21 +162,6 @@ def timed(bench: Bench, attention: Attention, case: Case, slots: int, backward: 
 def result(case: Case, engine: str, flops: int, forward: float, both: float | None) -> Result:
     both_rate = None if both is None else (1 + BACKWARD_TO_FORWARD) * flops / both / 1e9
     return Result(case, engine, forward, both, flops / forward / 1e9, both_rate)
-
-
-def ceilings(bench: Bench) -> list[str]:
-    """What this GPU does at most in the same run: a large matmul and a large copy."""
-    n, elements = (256, 2**16) if bench.dry else (8192, 2**30)
-    a, b = bench.random(n, n), bench.random(n, n)
-    product = bench.milliseconds(lambda: a @ b)
-    source = torch.empty(elements, device=bench.device, dtype=bench.dtype)
-    target = torch.empty_like(source)
-    copy = bench.milliseconds(lambda: target.copy_(source))
-    moved = 2 * source.numel() * source.element_size()  # read and written
-    return [
-        f"matmul {n:,} x {n:,}: {2 * n**3 / product / 1e9:,.0f} TFLOP/s",
-        f"copy of {moved / 2e9:.2f} GB: {moved / copy / 1e9:.2f} TB/s",
-    ]
 
 
 def dense_results(bench: Bench, chosen: Sequence[Case]) -> dict[tuple[int, int], Result]:
@@ -309,20 +263,10 @@ def measure(options: argparse.Namespace) -> None:
     parts = known if options.only is None else options.only.split(",")
     if unknown := sorted(set(parts) - set(known)):
         raise UserError(f"--only {options.only}: no part {', '.join(unknown)}; give some of {', '.join(known)}")
-    if not options.dry_run and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA GPU here: run this where torch.cuda.is_available(), or try the script itself on the CPU with "
-            "--dry_run"
-        )
+    bench = Bench.of(options.dry_run)
     chosen = [tiny(case) if options.dry_run else case for case in chosen if case.part in parts]
-    if options.dry_run:
-        bench = Bench("cpu", torch.float32, warmups=0, repeats=1, dry=True)
-        name = "dry run on the CPU: every path, figures without meaning"
-    else:
-        bench = Bench("cuda", torch.bfloat16, warmups=5, repeats=20, dry=False)
-        name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     torch.manual_seed(0)
-    limits = ceilings(bench)
+    ceilings = Ceilings.measured(bench)
     results: list[Result] = []
     console = Console() if Console().is_terminal else Console(width=140)
     try:
@@ -331,14 +275,16 @@ def measure(options: argparse.Namespace) -> None:
             print(f"{len(results)}: {measured.engine} {measured.case}", file=sys.stderr)
             if options.json:  # at once: a run that is cut short keeps what it has
                 with options.json.open("a") as file:
-                    file.write(json.dumps({"device": name, "ceilings": limits, **asdict(measured)}) + "\n")
+                    file.write(
+                        json.dumps({"device": str(bench), "ceilings": asdict(ceilings), **asdict(measured)}) + "\n"
+                    )
     finally:
         caption = (
-            f"{'; '.join(limits)}. Rates count useful pairs. of dense, of flex: rate over the dense flash kernel's and "
+            f"Ceilings: {ceilings}. Rates count useful pairs. of dense, of flex: rate over the dense flash kernel's and "
             f"over FlexAttention's (over the original order), forward, then forward and backward. "
             f"target: forward and backward >= {TARGET_OF_DENSE:.2f} / {TILE_FACTOR} of dense, >= FlexAttention."
         )
-        console.print(table_of(results, f"{name}; {HIDDEN} hidden, forward and backward", caption))
+        console.print(table_of(results, f"{bench}; {HIDDEN} hidden, forward and backward", caption))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

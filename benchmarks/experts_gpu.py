@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from mdseq.errors import UserError, exit_status
+from benchmarks.gpu import Bench, Ceilings, Run
+from mdseq.errors import exit_status
 from mdseq.kernels import combine, dispatch, grouped_linear, rotate, swiglu
 from mdseq.kernels.grouped import loop_linear
 from mdseq.kernels.rotate import plain_rotate
@@ -35,7 +34,6 @@ from mdseq.model.experts import DenseFeedForward, RoutedExperts
 
 TOP_K = 2
 HEAD_DIM = 64
-Run = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,78 +81,14 @@ class Result:
     of_ceiling: float
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where to measure and how."""
-
-    device: str
-    dtype: torch.dtype
-    warmups: int
-    repeats: int
-
-    def milliseconds(self, run: Callable[[], object]) -> float:
-        """The median of several runs after some to warm up."""
-        for _ in range(self.warmups):
-            run()
-        if self.device == "cpu":
-            started = time.perf_counter()
-            run()
-            return (time.perf_counter() - started) * 1e3
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.repeats)]
-        for start, end in events:
-            start.record()
-            run()
-            end.record()
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events)
-
-    def forward(self, function: Run, inputs: Sequence[Tensor]) -> float:
-        with torch.no_grad():
-            return self.milliseconds(lambda: function(*inputs))
-
-    def backward(self, function: Run, inputs: Sequence[Tensor]) -> float:
-        """Of the backward pass alone."""
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        out = function(*inputs)
-        grad = torch.randn_like(out)
-        return self.milliseconds(lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
-
-    def both(self, function: Run, inputs: Sequence[Tensor]) -> float:
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        grad = torch.randn_like(function(*inputs))
-        return self.milliseconds(lambda: torch.autograd.grad(function(*inputs), inputs, grad))
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device, dtype=self.dtype) * shape[-1] ** -0.5
+def of_product(ceilings: Ceilings, table: str, case: str, what: str, direction: str, ms: float, flops: int) -> Result:
+    rate = flops / ms * 1e3
+    return Result(table, case, what, direction, ms, rate / 1e12, rate / ceilings.product_flops)
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the GPU does at most in the same run."""
-
-    product_flops: float
-    copy_bytes: float
-
-    @classmethod
-    def measured(cls, bench: Bench, dry: bool) -> Ceilings:
-        size, num_bytes = (256, 2**16) if dry else (8192, 2**32)
-        a, b = bench.random(size, size), bench.random(size, size)
-        product = bench.milliseconds(lambda: a @ b)
-        source = torch.empty(num_bytes // 2, device=bench.device, dtype=torch.int16)
-        target = torch.empty_like(source)
-        copy = bench.milliseconds(lambda: target.copy_(source))
-        return cls(2 * size**3 / product * 1e3, 2 * num_bytes / copy * 1e3)
-
-    def of_product(self, table: str, case: str, what: str, direction: str, ms: float, flops: int) -> Result:
-        rate = flops / ms * 1e3
-        return Result(table, case, what, direction, ms, rate / 1e12, rate / self.product_flops)
-
-    def of_copy(self, table: str, case: str, what: str, direction: str, ms: float, num_bytes: int) -> Result:
-        rate = num_bytes / ms * 1e3
-        return Result(table, case, what, direction, ms, rate / 1e12, rate / self.copy_bytes)
-
-    def __str__(self) -> str:
-        return f"product {self.product_flops / 1e12:,.0f} TFLOP/s, copy {self.copy_bytes / 1e12:.2f} TB/s"
+def of_copy(ceilings: Ceilings, table: str, case: str, what: str, direction: str, ms: float, num_bytes: int) -> Result:
+    rate = num_bytes / ms * 1e3
+    return Result(table, case, what, direction, ms, rate / 1e12, rate / ceilings.copy_bytes)
 
 
 def products(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
@@ -176,8 +110,8 @@ def products(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
             ways.append((f"{name}, {spread}", of_experts(linear, end_e), [x_ad, gate_up_eFd, down_edf]))
     for what, function, inputs in ways:
         forward, both = bench.forward(function, inputs), bench.both(function, inputs)
-        yield ceilings.of_product("products", str(case), what, "forward", forward, case.flops)
-        yield ceilings.of_product("products", str(case), what, "forward + backward", both, 3 * case.flops)
+        yield of_product(ceilings, "products", str(case), what, "forward", forward, case.flops)
+        yield of_product(ceilings, "products", str(case), what, "forward + backward", both, 3 * case.flops)
 
 
 def passes(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
@@ -210,8 +144,8 @@ def passes(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
     for name, ours, plain, inputs, forward_bytes, backward_bytes in operations:
         for kind, function in (("", ours), (", plain", plain)):
             forward, backward = bench.forward(function, inputs), bench.backward(function, inputs)
-            yield ceilings.of_copy("passes", str(case), name + kind, "forward", forward, forward_bytes)
-            yield ceilings.of_copy("passes", str(case), name + kind, "backward", backward, backward_bytes)
+            yield of_copy(ceilings, "passes", str(case), name + kind, "forward", forward, forward_bytes)
+            yield of_copy(ceilings, "passes", str(case), name + kind, "backward", backward, backward_bytes)
 
 
 def layers(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
@@ -233,8 +167,8 @@ def layers(bench: Bench, ceilings: Ceilings, case: Case) -> Iterator[Result]:
 
         inputs = [x_bsd, *parameters]
         forward, both = bench.forward(function, inputs), bench.both(function, inputs)
-        yield ceilings.of_product("layers", str(case), what, "forward", forward, case.flops)
-        yield ceilings.of_product("layers", str(case), what, "forward + backward", both, 3 * case.flops)
+        yield of_product(ceilings, "layers", str(case), what, "forward", forward, case.flops)
+        yield of_product(ceilings, "layers", str(case), what, "forward + backward", both, 3 * case.flops)
 
 
 TABLES = {
@@ -266,29 +200,21 @@ def table_of(results: Sequence[Result], title: str, unit: str, ceilings: Ceiling
 
 
 def measure(options: argparse.Namespace) -> None:
-    if not options.dry_run and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA GPU here: run this where torch.cuda.is_available(), or try the script itself on the CPU with "
-            "--dry_run"
-        )
+    bench = Bench.of(options.dry_run, warmups=3, repeats=15)
     chosen = (Case(128, 32, 4, 64),) if options.dry_run else CASES
-    if options.dry_run:
-        bench = Bench("cpu", torch.float32, warmups=0, repeats=1)
-        name = "dry run on the CPU: every path, figures without meaning"
-    else:
-        bench = Bench("cuda", torch.bfloat16, warmups=3, repeats=15)
-        name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     torch.manual_seed(0)
-    ceilings = Ceilings.measured(bench, options.dry_run)
+    ceilings = Ceilings.measured(bench)
     console = Console() if Console().is_terminal else Console(width=140)
-    console.print(name)
+    console.print(str(bench))
     for part, title, unit in TABLES.values():
         results = [result for case in chosen for result in part(bench, ceilings, case)]
         console.print(table_of(results, title, unit, ceilings))
         if options.json:  # at once: a run that is cut short keeps what it has
             with options.json.open("a") as file:
                 for result in results:
-                    file.write(json.dumps({"device": name, "ceilings": asdict(ceilings), **asdict(result)}) + "\n")
+                    file.write(
+                        json.dumps({"device": str(bench), "ceilings": asdict(ceilings), **asdict(result)}) + "\n"
+                    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu import Bench
 from mdseq.cli.arguments import at_least, lengths
 from mdseq.data.batch import Batch, StepTotals
 from mdseq.data.tokenizer import SpecialToken
@@ -39,7 +40,7 @@ from mdseq.engine.build import build_engine, start_processes, stop_processes
 from mdseq.engine.config import load_engine_config
 from mdseq.engine.ema import WeightAverage
 from mdseq.engine.partitions import partitions_of
-from mdseq.errors import UserError, exit_status
+from mdseq.errors import exit_status
 from mdseq.generate.documents import Blocks, Draft, write_blocks
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.spec import RunSpec, load_spec
@@ -250,14 +251,7 @@ def writing_table(results: Sequence[Written]) -> Table:
 
 def measure(options: argparse.Namespace) -> None:
     deadline = time.monotonic() + options.seconds
-    if not options.dry_run and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA GPU here: run this where torch.cuda.is_available(), or try the script itself on the CPU with "
-            "--dry_run"
-        )
-    name = "dry run on the CPU: every path, figures without meaning"
-    if not options.dry_run:
-        name = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    name = str(Bench.of(options.dry_run))
     keep = partial(_append, options.json, name)
     console = Console() if Console().is_terminal else Console(width=160)
 

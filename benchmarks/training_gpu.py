@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.gpu import Bench, Ceilings
 from mdseq.data.batch import Batch, StepTotals
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.errors import UserError, exit_status
@@ -234,7 +234,7 @@ def measure(case: Case, rank: int, options: argparse.Namespace) -> Result:
     result = Result(
         case=case,
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        ceiling=large_product(device),
+        ceiling=Ceilings.measured(Bench.of(options.dry_run, repeats=10)).product_flops / 1e12,
         step_ms=1e3 * step,
         tokens_per_second=case.gpus * case.rows * case.row_length / step,
         useful=flops / step / 1e12,
@@ -296,20 +296,6 @@ def kind_of(kernel: str) -> str:
         if any(name in kernel for name in names):
             return kind
     return "element by element"
-
-
-def large_product(device: torch.device) -> float:
-    """TFLOP/s of a bf16 product of 8192 x 8192 matrices."""
-    n = 8192 if device.type == "cuda" else 256
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        started = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(seconds[2:]) / 1e12
 
 
 @dataclass(frozen=True)
@@ -382,8 +368,7 @@ def tables_of(results: Sequence[Result]) -> Iterator[Table]:
 
 
 def run(options: argparse.Namespace) -> None:
-    if not options.dry_run and not torch.cuda.is_available():
-        raise UserError("no CUDA GPU here: run this where there is one, or try the script on the CPU with --dry_run")
+    Bench.of(options.dry_run)  # or there is no GPU
     beginnings = tuple(options.only or [""])
     known = cases(options.gpus)
     chosen = [case for case in known if str(case).startswith(beginnings)]

@@ -280,8 +280,8 @@ def measure(options: argparse.Namespace) -> None:
                     )
     finally:
         caption = (
-            f"Ceilings: {ceilings}. Rates count useful pairs. of dense, of flex: rate over the dense flash kernel's and "
-            f"over FlexAttention's (over the original order), forward, then forward and backward. "
+            f"Ceilings: {ceilings}. Rates count useful pairs. of dense, of flex: rate over the dense flash kernel's "
+            f"and over FlexAttention's (over the original order), forward, then forward and backward. "
             f"target: forward and backward >= {TARGET_OF_DENSE:.2f} / {TILE_FACTOR} of dense, >= FlexAttention."
         )
         console.print(table_of(results, f"{bench}; {HIDDEN} hidden, forward and backward", caption))

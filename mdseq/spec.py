@@ -264,7 +264,11 @@ class OptimiserSpec(Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.9999, description="decay of the average of the weights that generation uses; ramps up over the first steps"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward and backward pass")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="of the forward and backward pass; with bf16, a GPU multiplies in TF32 what stays in fp32, such as "
+        "scores of the vocabulary",
+    )
 
 
 class ScheduleSpec(Section):

@@ -233,7 +233,7 @@ def measure(case: Case, rank: int, options: argparse.Namespace) -> Result:
     del trainer
     result = Result(
         case=case,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        device=str(Bench.of(options.dry_run)),
         ceiling=Ceilings.measured(Bench.of(options.dry_run, repeats=10)).product_flops / 1e12,
         step_ms=1e3 * step,
         tokens_per_second=case.gpus * case.rows * case.row_length / step,
@@ -347,7 +347,7 @@ def tiny(case: Case) -> Case:
 
 def tables_of(results: Sequence[Result]) -> Iterator[Table]:
     device, ceiling = results[0].device, max(result.ceiling for result in results)
-    speed = Table(title=f"{device}, torch {torch.__version__}: product {ceiling:.0f} TFLOP/s", title_justify="left")
+    speed = Table(title=f"{device}; product {ceiling:.0f} TFLOP/s", title_justify="left")
     names = ["", "width", "row", "rows", "ms", "tokens/s", "TFLOP/s", "of 989", "of product", "GiB", "kernels"]
     split = Table(title="share of a step", title_justify="left")
     kinds = [*KINDS, "element by element", "idle"]
@@ -373,7 +373,7 @@ def run(options: argparse.Namespace) -> None:
     known = cases(options.gpus)
     chosen = [case for case in known if str(case).startswith(beginnings)]
     if not chosen:
-        raise UserError(f"--only {options.only}: none of {', '.join(map(str, known))} begins so")
+        raise UserError(f"--only {' '.join(options.only)}: none of {', '.join(map(str, known))} begins so")
     if options.dry_run:
         chosen = [tiny(case) for case in chosen]
         options.warmups, options.steps = 1, 1

@@ -120,8 +120,7 @@ def add_command(commands: Any) -> None:
         "--precision",
         choices=("fp32", "bf16"),
         default="fp32",
-        help="of the denoiser's layers: bf16 is several times as fast on a GPU, with the precision of training in it; "
-        "default: fp32",
+        help="of the denoiser's layers; bf16 is for GPUs, and as precise as training in it; default: fp32",
     )
     group.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="texts at a time; default 8")
 

@@ -39,8 +39,9 @@ class Settling(Denoiser):
     ) -> Tensor:
         prior_blz = super().forward(z_blz, time_bl, documents, estimate_blz)
         alpha_bl, sigma_bl = SCHEDULE.alpha_sigma((time_bl * T / 1000).clamp(max=T - 1))
-        words_vz = self.embedding.weight - M
-        logits_blv = (z_blz - M) @ words_vz.T - alpha_bl[..., None] * words_vz.square().sum(dim=1) / 2
+        m_z = M.to(z_blz.device)
+        words_vz = self.embedding.weight - m_z
+        logits_blv = (z_blz - m_z) @ words_vz.T - alpha_bl[..., None] * words_vz.square().sum(dim=1) / 2
         logits_blv = logits_blv * (alpha_bl / sigma_bl**2)[..., None] + 2 * prior_blz @ words_vz.T
         return logits_blv.softmax(dim=-1) @ self.embedding.weight
 
@@ -76,15 +77,16 @@ def some_rows() -> tuple[Tensor, Tensor, Tensor]:
 def generate(
     model: DiffusionModel, index: Sequence[int] = ALL, row_length: int = LENGTH, observe=None, **options
 ) -> Samples:
-    """Sample some of the rows as one batch."""
-    tokens_bl, target_bl, length_b = (x[list(index)] for x in some_rows())
+    """Sample some of the rows as one batch, where the model is."""
+    device = model.m_z.device
+    tokens_bl, target_bl, length_b = (x[list(index)].to(device) for x in some_rows())
     pad = row_length - LENGTH
     return sample(
         model,
         torch.nn.functional.pad(tokens_bl, (0, pad)),
         torch.nn.functional.pad(target_bl, (0, pad)),
         Documents.whole(length_b, row_length),
-        torch.tensor(index),
+        torch.tensor(index, device=device),
         SamplerOptions(**({"num_calls": 6} | options)),
         observe,
     )

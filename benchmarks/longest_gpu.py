@@ -49,7 +49,8 @@ from mdseq.train.memory import is_out_of_memory
 ROOT = Path(__file__).parent.parent
 MODES = ("none", "recompute", "offload")
 LENGTHS = [2**16, 2**18, 2**19, 2**20, 2**21, 2**22]
-WRITTEN, ROW_LENGTH, CALLS = 2**16, 8192, (10, 20)
+WRITTEN, ROW_LENGTH = 2**16, 8192
+CALLS = {"bf16": (10, 20), "fp32": (10,)}  # twice the calls take twice the time, and fp32 takes long
 # Enough for the second step to be like all that follow; where one takes longer, a single one is timed.
 LONG_STEP_SECONDS = 5.0
 
@@ -72,6 +73,7 @@ class Written:
 
     length: int
     way: str
+    precision: str
     calls: int
     rate: float
     gpu: float
@@ -141,25 +143,29 @@ def train(length: int, mode: str, dry: bool) -> Trained:
 
 
 def write(dry: bool) -> list[Written]:
-    """One text in each way and number of calls, by a model with random weights."""
+    """One text in each precision, way and number of calls, by a model with random weights."""
     length, row_length = (64, 32) if dry else (WRITTEN, ROW_LENGTH)
     device = torch.device("cuda" if torch.cuda.is_available() and not dry else "cpu")
-    torch.manual_seed(0)
-    objective = DiffusionObjective(spec_of(row_length, "none", dry), vocabulary_of(dry)).to(device).eval()
-    objective.denoiser.cast_layers(torch.bfloat16)
-    model, results = objective.model(), []
-    for way, blocks in (
-        (f"in blocks of {row_length // 2:,}", Blocks.of(row_length)),
-        ("in one piece", Blocks(length, length, length)),
-    ):
-        write_one(model, length, blocks, calls=1)  # what is compiled on first use
-        for calls in CALLS:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            write_one(model, length, blocks, calls)
-            _wait()
-            results.append(Written(length, way, calls, length / (time.perf_counter() - started), _peaks()[0]))
+    results = []
+    for precision, numbers in CALLS.items():
+        torch.manual_seed(0)
+        objective = DiffusionObjective(spec_of(row_length, "none", dry), vocabulary_of(dry)).to(device).eval()
+        if precision == "bf16":
+            objective.denoiser.cast_layers(torch.bfloat16)
+        model = objective.model()
+        for way, blocks in (
+            (f"in blocks of {row_length // 2:,}", Blocks.of(row_length)),
+            ("in one piece", Blocks(length, length, length)),
+        ):
+            write_one(model, length, blocks, calls=1)  # what is compiled on first use
+            for calls in numbers:
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                started = time.perf_counter()
+                write_one(model, length, blocks, calls)
+                _wait()
+                rate = length / (time.perf_counter() - started)
+                results.append(Written(length, way, precision, calls, rate, _peaks()[0]))
     return results
 
 
@@ -241,11 +247,11 @@ def _cells(result: Trained | None) -> list[str]:
 
 
 def writing_table(results: Sequence[Written]) -> Table:
-    table = Table("writing, in bf16", title_justify="left")
+    table = Table("writing", "precision", title_justify="left")
     for name in ("tokens", "calls", "tokens a second", "GPU, GiB"):
         table.add_column(name, justify="right")
     for one in results:
-        table.add_row(one.way, f"{one.length:,}", str(one.calls), f"{one.rate:,.0f}", f"{one.gpu:.1f}")
+        table.add_row(one.way, one.precision, f"{one.length:,}", str(one.calls), f"{one.rate:,.0f}", f"{one.gpu:.1f}")
     return table
 
 

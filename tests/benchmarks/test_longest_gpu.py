@@ -15,9 +15,12 @@ def test_the_longest_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert longest_gpu.main(["--dry_run", "--json", str(tmp_path / "results.json")]) == 0
     results = [json.loads(line) for line in (tmp_path / "results.json").read_text().splitlines()]
     assert [result["mode"] for result in results if "mode" in result] == list(longest_gpu.MODES)
-    assert sorted({(result["way"], result["calls"]) for result in results if "way" in result}) == [
-        ("in blocks of 16", 10), ("in blocks of 16", 20), ("in one piece", 10), ("in one piece", 20),
-    ]  # fmt: skip
+    written = sorted((result["way"], result["precision"], result["calls"]) for result in results if "way" in result)
+    assert written == [
+        (way, precision, calls)
+        for way in ("in blocks of 16", "in one piece")
+        for precision, calls in (("bf16", 10), ("bf16", 20), ("fp32", 10))
+    ]
     assert all(result["rate"] > 0 for result in results)
     assert "recompute" in capsys.readouterr().out
 

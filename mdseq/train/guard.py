@@ -45,7 +45,6 @@ class Guard:
         if self.spec.spike_factor and len(seen) >= MIN_HISTORY and value > self.spec.spike_factor * median(seen):
             self.reason = f"its {name} is {value:.4g}, {value / median(seen):.0f} times the median of the last steps"
             return False
-        self.reason = "its gradient is not finite"  # if it is skipped nevertheless
         return True
 
     @property

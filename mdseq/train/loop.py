@@ -111,8 +111,6 @@ class Trainer:
             self.engine.backward(loss)
             self.engine.step()
         if step_was_skipped(self.engine):
-            if self._losses:  # DeepSpeed has found the gradient to be infinite before anyone was asked
-                self._allows_loss()
             self._forget_step(micro_batches, reported)
         else:
             self._agree_on_tallies()
@@ -123,12 +121,8 @@ class Trainer:
 
     def _allows(self, gradient_norm: float) -> bool:
         """Whether a step may be taken: asked once its gradient is known, so that the host waits for a GPU only once."""
-        return self._allows_loss() and self.guard.allows("gradient norm", gradient_norm)
-
-    def _allows_loss(self) -> bool:
         loss = self.agreement.mean(float(torch.stack(self._losses).mean()))
-        self._losses = []
-        return self.guard.allows("loss", loss)
+        return self.guard.allows("loss", loss) and self.guard.allows("gradient norm", gradient_norm)
 
     def _forget_step(self, micro_batches: Sequence[Batch], reported: Tensor) -> None:
         """Leave no trace of a step that was not taken, but for a message; `reported` are the statistics before it."""

@@ -236,7 +236,7 @@ def measure(case: Case, rank: int, options: argparse.Namespace) -> Result:
         device=str(Bench.of(options.dry_run)),
         ceiling=Ceilings.measured(Bench.of(options.dry_run, repeats=10)).product_flops / 1e12,
         step_ms=1e3 * step,
-        tokens_per_second=case.gpus * case.rows * case.row_length / step,
+        tokens_per_second=spec.data.batch_size * spec.data.row_length / step,
         useful=flops / step / 1e12,
         peak_gib=peak,
         split=split,

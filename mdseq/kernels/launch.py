@@ -36,6 +36,12 @@ class RowTile:
         columns = min(1 << (width - 1).bit_length(), MOST_COLUMNS)
         return cls(max(1, elements // columns), columns)
 
+    @classmethod
+    def whole(cls, width: int, elements: int) -> RowTile:
+        """Of whole rows, one at least."""
+        columns = 1 << (width - 1).bit_length()
+        return cls(max(1, elements // columns), columns)
+
     def down(self, num_rows: int) -> int:
         return -(-num_rows // self.rows)
 

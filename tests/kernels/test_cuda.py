@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from mdseq.kernels import combine, dispatch, grouped_linear, rotate, softmax_numerators, softmax_slope, swiglu
+from mdseq.kernels import (
+    add_norm,
+    combine,
+    dispatch,
+    grouped_linear,
+    rotate,
+    softmax_numerators,
+    softmax_slope,
+    swiglu,
+)
 from mdseq.kernels.grouped import loop_linear
+from mdseq.kernels.norm import plain_add_norm
 from mdseq.kernels.rotate import plain_rotate
 from mdseq.kernels.rows import plain_sum_rows
 from mdseq.kernels.softmax import plain_numerators, plain_slope
@@ -64,6 +75,39 @@ def test_swiglu_of_extreme_numbers():
     gate_up = torch.tensor([[-3e38, 1.0], [-100.0, 1.0], [100.0, 2.0], [0.0, 3e38]], device="cuda")
     ours, exact = (outcome(f, [gate_up], torch.ones(4, 1, device="cuda")) for f in (swiglu, plain_swiglu))
     torch.testing.assert_close(ours, exact)
+
+
+def sum_and_norm(function, *inputs):
+    """Side by side, so that a gradient reaches both."""
+    x, *added, weight = inputs
+    return torch.cat(function(x, added[0] if added else None, weight, 1e-5), dim=-1)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 1), (333, 6), (77, 513), (9000, 256), (65, 2048), (9, 5000)])
+def test_add_norm(rows, width, adds, dtype):
+    inputs = [random(rows, width, dtype=dtype, seed=i) for i in range(1 + adds)] + [random(width, dtype=dtype, seed=2)]
+    grad = random(rows, 2 * width, dtype=dtype, seed=3)
+    ours = outcome(partial(sum_and_norm, add_norm), inputs, grad)
+    assert torch.equal(ours[0][:, :width], sum(inputs[:-1]))
+    exact = outcome(partial(sum_and_norm, plain_add_norm), doubles(*inputs), grad)
+    assert [x.dtype for x in ours] == [dtype] * len(ours)
+    assert_near(ours[:1], exact[:1], ROUNDINGS[dtype])
+    assert_near(ours[1:], exact[1:], 16)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(ours, outcome(partial(sum_and_norm, add_norm), inputs, grad), strict=True)
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_norm_of_which_one_result_is_used(used):
+    inputs = [random(70, 40, dtype=torch.float32, seed=i) for i in range(2)]
+    weight, grad = random(40, dtype=torch.float32, seed=2), random(70, 40, dtype=torch.float32, seed=3)
+    ours = outcome(lambda x, added: add_norm(x, added, weight, 1e-5)[used], inputs, grad)
+    exact = outcome(lambda x, added: plain_add_norm(x, added, weight.double(), 1e-5)[used], doubles(*inputs), grad)
+    assert_near(ours, exact, 16)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -208,5 +252,7 @@ def test_kernels_compile_once_for_any_number_of_rows(monkeypatch):
         outcome(swiglu, [random(rows, 40, dtype=torch.bfloat16)], random(rows, 20, dtype=torch.bfloat16))
         x = random(1, rows, 3, 40, dtype=torch.bfloat16)
         outcome(lambda x, angle=angle[:, :rows]: rotate(x, (angle, angle)), [x], x)
+        row, weight = random(rows, 40, dtype=torch.bfloat16), random(40, dtype=torch.bfloat16)
+        outcome(partial(sum_and_norm, add_norm), [row, row, weight], random(rows, 80, dtype=torch.bfloat16))
         softmax_slope(random(rows, 40, dtype=torch.float32), torch.zeros(rows, dtype=torch.int64, device="cuda"), True)
-    assert len(compiled) <= 5
+    assert len(compiled) <= 7

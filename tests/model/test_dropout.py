@@ -109,11 +109,11 @@ def test_a_block_equals_one_whose_masks_are_written_out(post_norm):
     drops = dropout(0.25, rows=(3, 4)).of_layer(5)
     attention_bsd, feedforward_bsd = (drops.kept(layout, place, 16) / 0.75 for place in (12, 13))
     if post_norm:
-        expected = block.attention_norm(x_bsd + attention_bsd.double() * block.attention(x_bsd, angles, layout))
-        expected = block.feedforward_norm(expected + feedforward_bsd.double() * block.feedforward(expected))
+        _, expected = block.attention_norm(x_bsd + attention_bsd.double() * block.attention(x_bsd, angles, layout))
+        _, expected = block.feedforward_norm(expected + feedforward_bsd.double() * block.feedforward(expected))
     else:
-        expected = x_bsd + attention_bsd.double() * block.attention(block.attention_norm(x_bsd), angles, layout)
-        expected = expected + feedforward_bsd.double() * block.feedforward(block.feedforward_norm(expected))
+        expected = x_bsd + attention_bsd.double() * block.attention(block.attention_norm(x_bsd)[1], angles, layout)
+        expected = expected + feedforward_bsd.double() * block.feedforward(block.feedforward_norm(expected)[1])
     ours = block(x_bsd, angles, layout, drops)
     inputs, weight = (x_bsd, *block.parameters()), torch.randn_like(ours)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)  # the masks above are of float32

@@ -18,6 +18,7 @@ from mdseq.kernels import (
     rotate,
     softmax_numerators,
     softmax_slope,
+    split_linear,
     swiglu,
 )
 from mdseq.kernels.grouped import loop_linear
@@ -108,6 +109,13 @@ def test_add_norm_of_which_one_result_is_used(used):
     ours = outcome(lambda x, added: add_norm(x, added, weight, 1e-5)[used], inputs, grad)
     exact = outcome(lambda x, added: plain_add_norm(x, added, weight.double(), 1e-5)[used], doubles(*inputs), grad)
     assert_near(ours, exact, 16)
+
+
+def test_split_linear():
+    x, weight = random(2, 77, 64, dtype=torch.bfloat16), random(3 * 40, 64, dtype=torch.bfloat16, seed=1)
+    grad = random(2, 77, 120, dtype=torch.bfloat16, seed=2)
+    ours = outcome(lambda x, weight: torch.cat(split_linear(x, weight, 3), dim=-1), [x, weight], grad)
+    assert_near(ours, outcome(nn.functional.linear, doubles(x, weight), grad), 4)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

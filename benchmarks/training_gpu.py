@@ -121,13 +121,13 @@ def cases(gpus: int) -> list[Case]:
         ]
     of_lengths = [
         Case("moe", hidden, length, max(1, tokens // length), layers=layers)
-        for hidden, layers, tokens in ((1024, 12, 131_072), (2048, 8, 65_536))
+        for hidden, layers, tokens in ((1024, 12, 131_072), (2048, 8, 98_304))
         for length in (4096, 16_384, 65_536)
     ]
     return [
         *of_lengths,
         Case("dense FFN", 1024, 16_384, 8, DENSE_FFN),
-        Case("dense FFN", 2048, 16_384, 4, DENSE_FFN, layers=8),
+        Case("dense FFN", 2048, 16_384, 6, DENSE_FFN, layers=8),
         Case("dense attention", 1024, 16_384, 4, DENSE_ATTENTION),
         Case("dense attention", 1024, 65_536, 1, DENSE_ATTENTION),
     ]

@@ -13,7 +13,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mdseq.errors import UserError
@@ -232,6 +239,11 @@ class DataSpec(Section):
     mixture: dict[str, Annotated[float, Field(ge=0)]] = Field(
         {}, description="weight of each source in the rows, 0 for none; default: the dataset's, or all rows alike"
     )
+    lengths_of: tuple[str, ...] = Field(
+        (),
+        description="sources whose lengths generation predicts from, such as the pairs as they are, without reversed "
+        "or sampled ones; default: all",
+    )
     max_prefix: Fraction = Field(
         0.5, description="half of the texts keep a prefix of up to this share clean, to learn to continue; 0 for none"
     )
@@ -240,6 +252,11 @@ class DataSpec(Section):
     )
     batch_size: Positive = Field(16, description="rows per optimiser step, over all ranks")
     micro_batch_size: Positive = Field(1, description="rows per forward pass of one rank")
+
+    @field_validator("lengths_of", mode="before")
+    @classmethod
+    def _one_source(cls, sources: object) -> object:
+        return (sources,) if isinstance(sources, str) else sources
 
     @model_validator(mode="after")
     def _micro_batches_divide(self) -> Self:

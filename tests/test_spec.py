@@ -79,6 +79,7 @@ def test_every_value_says_where_it_came_from(tmp_path: Path) -> None:
         ("model.norm=post", "model", "norm", "post"),
         ("data.path=data/my novels", "data", "path", "data/my novels"),
         ("data.path=../a=b", "data", "path", "../a=b"),
+        ("data.lengths_of=pairs", "data", "lengths_of", ("pairs",)),
         (" schedule.steps =7", "schedule", "steps", 7),
     ],
 )

@@ -10,6 +10,7 @@ Shapes: n documents, k bins of source length, q quantiles.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,11 +18,21 @@ import numpy as np
 
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import Kind
+from mdseq.errors import UserError
 
 BINS_PER_DOUBLING = 2
 NUM_QUANTILES = 17
 # Quantiles of a million documents are those of all of them, for all that is done with them here.
 MAX_DOCUMENTS = 2**20
+
+
+def check_sources(corpus: Corpus, sources: Sequence[str]) -> None:
+    """Raise UserError unless the corpus has documents of each of these sources."""
+    unknown = [name for name in sources if name not in corpus.sources]
+    if unknown:
+        raise UserError(
+            f"data.lengths_of: there is no training text of {', '.join(unknown)}; allowed: {', '.join(corpus.sources)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,17 @@ class LengthTable:
     quantiles_kq: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, corpus: Corpus) -> LengthTable:
-        """The table of a corpus, from its index alone: no token is read."""
-        count = min(corpus.num_documents, MAX_DOCUMENTS)
-        document_n = np.linspace(0, corpus.num_documents - 1, count).astype(np.int64)
+    def of(cls, corpus: Corpus, sources: Sequence[str] = ()) -> LengthTable:
+        """The table of some sources of a corpus, or of all, from its index alone: no token is read.
+
+        Raises UserError like `check_sources`.
+        """
+        check_sources(corpus, sources)
+        documents = [corpus.sources[name] for name in dict.fromkeys(sources or corpus.sources)]
+        ends = np.cumsum([len(part) for part in documents])
+        place_n = np.linspace(0, ends[-1] - 1, min(int(ends[-1]), MAX_DOCUMENTS)).astype(np.int64)
+        part_n = np.searchsorted(ends, place_n, side="right")
+        document_n = place_n + np.array([part.stop for part in documents])[part_n] - ends[part_n]
         begin_n, end_n = corpus.extents(document_n)
         length_n = end_n - begin_n
         if corpus.manifest.kind == "text":

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mdseq.data.corpus import Corpus
+from mdseq.data.lengths import check_sources
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
 from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
@@ -38,6 +39,7 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     vocab_size, origin, rows = ASSUMED_VOCAB_SIZE, "assumed; give --data for the real one", "give --data to count them"
     if spec.data.path:
         corpus = Corpus.open(Path(spec.data.path), "train")
+        check_sources(corpus, spec.data.lengths_of)
         vocab_size, origin, rows = corpus.manifest.vocab_size, spec.data.path, Rows.of(corpus, spec).describe()
     config = DenoiserConfig.of(spec, vocab_size)
     parameters = count_parameters(config, spec.diffusion.absorbing)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mdseq.data.clean_ends import CleanEnds
 from mdseq.data.corpus import Corpus
 from mdseq.data.format import TOKENIZER_FILE
-from mdseq.data.lengths import LengthTable
+from mdseq.data.lengths import LengthTable, check_sources
 from mdseq.data.loader import Loader
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
@@ -72,6 +72,7 @@ def plan_run(
     if not spec.data.path:
         raise UserError("no dataset: give --data DIR (or data.path), a folder made by `make prep`")
     corpus = Corpus.open(Path(spec.data.path), "train")
+    check_sources(corpus, spec.data.lengths_of)
     rows = Rows.of(corpus, spec)
     tokenizer = Tokenizer.load(Path(spec.data.path) / TOKENIZER_FILE)
     run = RunFolder(output)
@@ -182,7 +183,7 @@ def _build_hooks(plan: RunPlan, trainer: Trainer, probe: Probe, checkpoints: Che
         dataset_fingerprint=manifest.fingerprint,
         spec=spec.model_dump(mode="json"),
     )
-    lengths = LengthTable.of(plan.corpus)
+    lengths = LengthTable.of(plan.corpus, spec.data.lengths_of)
     model = ModelConfig(
         denoiser=DenoiserConfig.of(spec, manifest.vocab_size),
         noise_schedule=spec.diffusion.noise_schedule,

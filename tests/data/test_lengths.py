@@ -13,6 +13,7 @@ import pytest
 
 from mdseq.data.corpus import Corpus
 from mdseq.data.lengths import NUM_QUANTILES, LengthTable
+from mdseq.errors import UserError
 
 
 def slow_table(sources: list[int], targets: list[int]) -> LengthTable:
@@ -86,6 +87,26 @@ def test_the_table_of_a_corpus_of_texts(corpus_of) -> None:
     assert table.quantiles_kq[0][0] == 10  # less the BOS
     assert table.quantiles_kq[0][-1] == 50
     assert table.predicted(1) == 30
+
+
+def test_the_table_of_some_sources_of_a_corpus(corpus_of) -> None:
+    """Source a has 6 documents, b 6 and c 2; asked for in any order, twice or not."""
+    lengths = [10, 12, 14, 16, 18, 20, *[90] * 6, 40, 44]
+    corpus = corpus_of(lengths, target_starts=[4] * 14, documents_per_source=6, kind="pair")
+
+    def of(lengths: list[int]) -> LengthTable:
+        return LengthTable.of_lengths("pair", np.full(len(lengths), 4), np.array(lengths) - 4)
+
+    assert LengthTable.of(corpus, ["b"]) == of(lengths[6:12])
+    assert LengthTable.of(corpus, ["c"]) == of(lengths[12:])
+    assert LengthTable.of(corpus, ("c", "a", "c")) == of(lengths[:6] + lengths[12:])
+    assert LengthTable.of(corpus, ["a", "b", "c"]) == LengthTable.of(corpus) == of(lengths)
+
+
+def test_a_source_that_is_not_there(corpus_of) -> None:
+    corpus = corpus_of([10, 12, 14], documents_per_source=2)
+    with pytest.raises(UserError, match=r"data\.lengths_of: .* of pears, plums; allowed: a, b"):
+        LengthTable.of(corpus, ["pears", "a", "plums"])
 
 
 def test_it_is_json() -> None:

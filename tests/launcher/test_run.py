@@ -82,6 +82,12 @@ def test_pairs_longer_than_a_row(refused, pair_dataset):
     assert "raise data.row_length" in refused("--data", pair_dataset, "data.packing=whole", "data.row_length=8")
 
 
+def test_lengths_of_what_is_not_there(refused, pair_dataset):
+    arguments = ("--data", pair_dataset, "data.packing=whole", "data.lengths_of=['pears']")
+    for message in (refused(*arguments), refused(*arguments, "--dry_run")):
+        assert "data.lengths_of: there is no training text of pears; allowed: " in message
+
+
 def test_more_sample_steps_than_timesteps(refused, text_dataset):
     assert "report.sample_solver_steps = 20" in refused("--data", text_dataset, "diffusion.num_timesteps=10")
 

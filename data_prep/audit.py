@@ -92,7 +92,6 @@ def _check_manifest(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) ->
     vocabulary = (tokenizer.vocab_size, token_dtype(tokenizer.vocab_size), special_token_ids())
     if (manifest.vocab_size, manifest.dtype, manifest.special_tokens) != vocabulary:
         raise _untrue(data_dir, "vocab_size, dtype or special_tokens are not those of the tokenizer")
-    kept = dict.fromkeys(manifest.sources, 0)
     for split, entry in manifest.splits.items():
         for source, part in entry.sources.items():
             if source not in manifest.sources:
@@ -100,11 +99,10 @@ def _check_manifest(data_dir: Path, manifest: Manifest, tokenizer: Tokenizer) ->
             sums = tuple(sum(getattr(shard, name) for shard in part.shards) for name in ("documents", "tokens"))
             if sums != (part.documents, part.tokens):
                 raise _untrue(data_dir, f"the shards of {source} in {split} do not add up to its totals")
-            kept[source] += part.documents
         if entry != SplitEntry.combine(entry.sources):
             raise _untrue(data_dir, f"the sources of {split} do not add up to its totals")
     for name, whole in manifest.sources.items():
-        if whole.read != kept[name] + sum(whole.rejected.values()):
+        if not manifest.accounts_for(name):
             raise _untrue(data_dir, f"of the {whole.read:,} records of {name} some are neither kept nor rejected")
 
 

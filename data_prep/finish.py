@@ -101,9 +101,8 @@ def write_manifest(tally: Tally) -> Manifest:
         sources={source.name: _source_entry(source, of_source[source.name]) for source in plan.spec.sources},
         splits={split: _split_entry(split, of_source) for split in SPLITS},
     ).signed()
-    for name, source in manifest.sources.items():
-        kept = sum(split.sources[name].documents for split in manifest.splits.values() if name in split.sources)
-        assert source.read == kept + sum(source.rejected.values()), f"documents of {name} are lost"
+    for name in manifest.sources:
+        assert manifest.accounts_for(name), f"documents of {name} are lost"
     write_whole(folder.path / MANIFEST_FILE, manifest.to_json().encode())
     return manifest
 
@@ -115,6 +114,7 @@ def _source_entry(source: SourceSpec, shards: list[FinishedShard]) -> SourceEntr
     return SourceEntry(
         weight=source.weight,
         path_header=source.path_header if source.format == "code" else "",
+        copies=source.copies,
         read=sum(shard.read for shard in shards),
         rejected=dict(sorted(rejected.items())),
     )

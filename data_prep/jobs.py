@@ -26,6 +26,7 @@ from data_prep.duplicates import Dropped, load_dropped
 from data_prep.plan import InputFile, Plan, PlannedShard
 from data_prep.readers.base import Stretch
 from data_prep.readers.registry import reader_of
+from data_prep.segmentation import SegmentationSampler
 from data_prep.shards import ShardWriter, shard_name
 from data_prep.signatures import SignatureWriter
 from data_prep.vocabulary import WindowSample
@@ -89,6 +90,7 @@ class ShardJobs:
         self.folder = BuildFolder(folder)
         self.plan = Plan.model_validate_json(self.folder.plan.read_bytes())
         self._advance = advance
+        self._samplers: dict[float, SegmentationSampler] = {}
 
     def sample(self, shard: int, num_characters: int) -> list[str]:
         """Text of a shard to train the vocabulary on."""
@@ -148,6 +150,13 @@ class ShardJobs:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.folder.tokenizer)
 
+    def sampler(self, shard: PlannedShard) -> SegmentationSampler | None:
+        """What cuts the sources of a shard's training pairs, if that is done at random; shards share its cache."""
+        power = self.plan.spec.sources[shard.source].sampling
+        if power and power not in self._samplers:
+            self._samplers[power] = SegmentationSampler(self.tokenizer, power)
+        return self._samplers.get(power)
+
     @cached_property
     def screen(self) -> Screen:
         path = self.folder.contamination
@@ -182,26 +191,19 @@ class _SplitWriters:
         self._jobs = jobs
         self._shard = shard
         self._planned = jobs.plan.shards[shard]
+        self._source = jobs.plan.spec.sources[self._planned.source]
+        self._sampler = jobs.sampler(self._planned)
         self._writers: dict[Split, ShardWriter] = {}
         self._rejected: IO[str] | None = None
         self._reasons: Counter[str] = Counter()
-        self._faults = 0
-        self._advanced = 0
+        self._read = self._faults = 0
+        self._walked = self._advanced = 0
 
     def write(self) -> FinishedShard:
         jobs, planned = self._jobs, self._planned
-        dropped = self._dropped()
-        read = ordinal = 0
-        for file, item in jobs._screened(planned):
-            read += 1
-            if isinstance(item, Rejection):
-                self._reject(item)
-                continue
-            if ordinal in dropped:
-                self._reject(dropped[ordinal].rejection(item))
-            else:
-                self._encode(file, item)
-            ordinal += 1
+        # All are read anew for each copy: side by side, copies of equal length would end up in one row of training.
+        for copy in range(self._source.copies):
+            self._write_copy(copy)
         parts: dict[Split, SplitOfSource] = {}
         for split in SPLITS:
             if split in self._writers:
@@ -218,7 +220,7 @@ class _SplitWriters:
             plan=jobs.plan.fingerprint,
             tokenizer=jobs.tokenizer.fingerprint,
             splits=parts,
-            read=read,
+            read=self._read,
             rejected=dict(sorted(self._reasons.items())),
             faults=self._faults,
         )
@@ -229,9 +231,29 @@ class _SplitWriters:
         for path in (*paths, self._jobs.folder.rejected(self._shard)):
             temporary_name(path).unlink(missing_ok=True)
 
-    def _encode(self, file: InputFile, screened: Screened) -> None:
+    def _write_copy(self, copy: int) -> None:
+        """Write the documents of all splits, or with another copy than the first, those of the training split."""
+        dropped = self._dropped()
+        ordinal = 0
+        for file, item in self._jobs._screened(self._planned):
+            rejection = item if isinstance(item, Rejection) else None
+            if isinstance(item, Screened):
+                if ordinal in dropped:
+                    rejection = dropped[ordinal].rejection(item)
+                else:
+                    self._encode(file, item, copy)
+                ordinal += 1
+            if copy == 0:
+                self._read += 1
+                if rejection is not None:
+                    self._reject(rejection)
+
+    def _encode(self, file: InputFile, screened: Screened, copy: int) -> None:
         document, tokenizer = screened.document, self._jobs.tokenizer
         split = file.split or self._split_of(screened.document_id)
+        if copy and split != "train":
+            return
+        sampler = self._sampler if split == "train" else None
         writer = self._writers.get(split) or self._open(split)
         writer.append(_special(SpecialToken.BOS))
         length = target_start = 1
@@ -240,14 +262,20 @@ class _SplitWriters:
                 writer.append(_special(SpecialToken.SEP))
                 length = target_start = length + 1
             pieces = chain((document.header,), part) if document.header and not index else part
-            for ids in tokenizer.encode_pieces(map(self._advancing, pieces)):
+            advancing = map(self._advancing, pieces)
+            if sampler is not None and index == 0:
+                blocks = sampler.encode_pieces(advancing, screened.document_id, copy)
+            else:
+                blocks = tokenizer.encode_pieces(advancing)
+            for ids in blocks:
                 writer.append(ids)
                 length += len(ids)
         writer.append(_special(SpecialToken.EOS))
         writer.end_document(target_start, screened.document_id, document.origin, document.row, screened.text_bytes)
 
     def _advancing(self, piece: str) -> str:
-        step = min(len(piece), self._planned.text_bytes - self._advanced)
+        self._walked += len(piece)
+        step = min(self._walked // self._source.copies, self._planned.text_bytes) - self._advanced
         self._jobs._advance(step)
         self._advanced += step
         return piece
@@ -258,7 +286,7 @@ class _SplitWriters:
             jobs.folder.path / shard_name(split, self._shard),
             token_dtype(jobs.tokenizer.vocab_size),
             jobs.tokenizer.fingerprint,
-            jobs.plan.spec.sources[self._planned.source].name,
+            self._source.name,
             tuple(dict.fromkeys(jobs.plan.files[stretch.file].name for stretch in self._planned.stretches)),
         )
         return writer
@@ -276,8 +304,7 @@ class _SplitWriters:
         self._faults += rejection.is_fault
         if self._rejected is None:
             self._rejected = temporary_name(self._jobs.folder.rejected(self._shard)).open("w", encoding="utf-8")
-        source = self._jobs.plan.spec.sources[self._planned.source].name
-        self._rejected.write(json.dumps({"source": source} | asdict(rejection), ensure_ascii=False) + "\n")
+        self._rejected.write(json.dumps({"source": self._source.name} | asdict(rejection), ensure_ascii=False) + "\n")
 
     def _dropped(self) -> Mapping[int, Dropped]:
         path = self._jobs.folder.dropped

@@ -132,6 +132,7 @@ def make_plan(spec: PrepSpec, survey: Survey) -> Plan:
     found = [find_files(source) for source in spec.sources]
     spec = spec.model_copy(update={"sources": tuple(map(_with_fields, spec.sources, found))})
     kind = _kind_of(spec)
+    _require_something_to_sample(spec, kind)
     max_bytes = int(spec.shards.max_record_mb * 1e6)
     surveyed = list(survey([(file, max_bytes) for files in found for file in files]))
     evaluation = [find_files(_evaluation_source(path)) for path in spec.cleaning.evaluation]
@@ -248,6 +249,15 @@ def _kind_of(spec: PrepSpec) -> Kind:
         listed = ", ".join(f"{name} is of {kind}s" for name, kind in kinds.items())
         raise UserError(f"texts and pairs cannot be in one dataset ({listed}); build two")
     return "pair" if "pair" in kinds.values() else "text"
+
+
+def _require_something_to_sample(spec: PrepSpec, kind: Kind) -> None:
+    for source in spec.sources:
+        if source.sampling and kind == "text":
+            raise UserError(
+                f"sources.{source.name}.sampling = {source.sampling}: only the sources of pairs are cut at random, and "
+                f"{source.name} is of texts, all of which is target; leave sampling out"
+            )
 
 
 def _evaluation_source(path: str) -> SourceSpec:

@@ -106,7 +106,13 @@ def _given_model(spec: PrepSpec) -> bytes | None:
         return None
     path = Path(spec.vocabulary.tokenizer)
     path = path / TOKENIZER_FILE if path.is_dir() else path
-    Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    sampled = [source for source in spec.sources if source.sampling]
+    if sampled and not tokenizer.is_unigram:
+        raise UserError(
+            f"sources.{sampled[0].name}.sampling = {sampled[0].sampling} needs probabilities, and {path} has none, for "
+            "it is no unigram model; give another vocabulary.tokenizer, or sampling = 0"
+        )
     return path.read_bytes()
 
 

@@ -49,6 +49,12 @@ class SourceSpec(Section):
     turn: str = Field("{0}: {1}\n", description="template of a turn: its items by number, or its fields by name")
     last_turn_is_target: bool = Field(False, description="a dialogue becomes a pair: the last turn, given the others")
     path_header: str = Field("# {path}\n", description="first line of each file of a source tree; empty for none")
+    copies: Positive = Field(1, description="how many times each document of the training split is in the dataset")
+    sampling: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="a number such as 0.3: sources of training pairs are cut into tokens at random, in each way with "
+        "a probability ~ that of the unigram model to this power; 0: always in the likeliest way",
+    )
 
     @field_validator("path", mode="before")
     @classmethod
@@ -168,6 +174,16 @@ class PrepSpec(Section):
         without = [source.name for source in self.sources if source.weight is None]
         if without and len(without) < len(self.sources):
             raise ValueError(f"sources without a weight: {', '.join(without)}; give all sources one, or none")
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_needs_probabilities(self) -> Self:
+        sampled = [source for source in self.sources if source.sampling]
+        if sampled and self.vocabulary.model == "bpe" and not self.vocabulary.tokenizer:
+            raise ValueError(
+                f"sources.{sampled[0].name}.sampling = {sampled[0].sampling} needs probabilities, which a vocabulary "
+                "of vocabulary.model = bpe has not; set model = unigram, or sampling = 0"
+            )
         return self
 
 

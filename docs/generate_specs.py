@@ -66,6 +66,40 @@ TOML's syntax:
 
 All mistakes are reported at once. What is in the dataset depends on these keys and on the content of the files; not on
 `cluster`, nor on the two limits of `cleaning`, which may be changed to go on with a build that they have stopped.
+
+## More data from few pairs
+
+A model that sees few pairs often learns them by heart. Subword regularisation (Kudo, arXiv 1804.10959) shows it each in
+many ways: `copies` puts a training document into the dataset several times, and `sampling` cuts the source of each copy
+into tokens at random, the more freely the lower it is; 0 turns it off. Targets, and all that is held out, are cut in
+the likeliest way as ever. The other direction is a task of its own, which a mark in front of its sources tells apart:
+
+    [[sources]]
+    name = "pairs"
+    path = "pairs"                  # train.jsonl.gz, valid.jsonl.gz, test.jsonl.gz
+    split = "name"
+
+    [[sources]]
+    name = "sampled"
+    path = "pairs/train.jsonl.gz"
+    split = "train"
+    copies = 4
+    sampling = 0.3
+
+    [[sources]]
+    name = "reversed"
+    path = "pairs/train.jsonl.gz"
+    split = "train"
+    copies = 2
+    sampling = 0.3
+    source = "<< {trg}"
+    target = "{src}"
+
+Give such sources a file of training pairs only: by `hash`, a pair and its reverse may fall into different splits. Leave
+`exact_duplicates` and `near_duplicates` as they are, for these sources repeat each other. Random cuts have more tokens:
+`python -m data_prep stats` shows the longest, which must fit into `data.row_length`. In training, `data.mixture` weighs
+the sources, and `data.lengths_of=["pairs"]` keeps generation from predicting the lengths of the reversed. A document
+takes about twice as long to build.
 """
 
 

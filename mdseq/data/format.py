@@ -82,10 +82,14 @@ class SplitEntry(Totals):
 
 
 class SourceEntry(_Record):
-    """A source as a whole: `read` = the documents of all its splits + all that was rejected, by reason."""
+    """A source as a whole.
+
+    `read` = the documents of its splits, the training split's divided by `copies`, + all that was rejected, by reason.
+    """
 
     weight: float | None
     path_header: str
+    copies: int = 1
     read: int
     rejected: dict[str, int]
 
@@ -116,6 +120,14 @@ class Manifest(_Record):
     def signed(self) -> Manifest:
         """The same manifest with its fingerprint filled in."""
         return self.model_copy(update={"fingerprint": self.content_fingerprint()})
+
+    def accounts_for(self, source: str) -> bool:
+        """Whether every record of a source that was read is a document, or rejected."""
+        whole = self.sources[source]
+        parts = {split: entry.sources[source] for split, entry in self.splits.items() if source in entry.sources}
+        in_training = parts["train"].documents if "train" in parts else 0
+        held_out = sum(part.documents for split, part in parts.items() if split != "train")
+        return (whole.read - sum(whole.rejected.values()) - held_out) * whole.copies == in_training
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

@@ -26,6 +26,7 @@ from mdseq.errors import UserError
 BLOCK_CHARACTERS = 8192
 MAX_BLOCK_CHARACTERS = 65_536
 SPACE_MARK = "\u2581"
+UNKNOWN_PENALTY = 10.0
 _SPACE_MARKS = re.compile(f"({SPACE_MARK}+)")
 ROUND_TRIP_PROBE = f"  a\n\n\tb \r\n {SPACE_MARK}\0 <sep></s> \u00e9e\u0301\ufb01\uff21\U0001f600 "
 
@@ -81,6 +82,26 @@ class Tokenizer:
         return np.array([self._processor.IsByte(index) for index in range(self.vocab_size)])
 
     @cached_property
+    def is_unigram(self) -> bool:
+        """Whether the model is one that gives segmentations probabilities."""
+        try:
+            self._processor.NBestEncodeAsIds("a", nbest_size=1)
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """Log probability of each token of a unigram model, float64 [vocab_size].
+
+        For tokens of single bytes, which the model gives none, it is less than for all others, by SentencePiece's
+        penalty for an unknown character.
+        """
+        scores = np.array([self._processor.GetScore(index) for index in range(self.vocab_size)], dtype=np.float64)
+        scores[self.is_byte] = scores.min() - UNKNOWN_PENALTY
+        return scores
+
+    @cached_property
     def _pieces(self) -> list[str]:
         special = {int(token): f"<{token.name.lower()}>" for token in SpecialToken}
         return [special.get(index) or self._piece(index) for index in range(self.vocab_size)]
@@ -108,6 +129,16 @@ class Tokenizer:
         Yields an int32 array a block. Holds no more text than a piece and a block.
         """
         return map(self._encode_block, self.blocks(pieces))
+
+    def segmentations(self, text: str, count: int) -> list[np.ndarray]:
+        """Up to `count` ways to cut a short text into tokens, the likeliest first; int32 [length] each.
+
+        The model must be a unigram one.
+        """
+        if SPACE_MARK in text:
+            return [self.encode(text)]
+        ways: list[np.ndarray] = self._processor.NBestEncodeAsNumpy(text, nbest_size=count)
+        return ways
 
     def blocks(self, pieces: Iterable[str]) -> Iterator[str]:
         """The blocks of a text that arrives in pieces; joined, they are the text.

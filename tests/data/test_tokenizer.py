@@ -199,3 +199,22 @@ def test_pieces_show_every_token_by_itself(tokenizer: Tokenizer) -> None:
     shown = "".join(pieces[1:-3])
     assert shown.startswith("The river  runs\n\tand ")
     assert shown.endswith("<0xF0><0x9F><0x98><0x80>")
+
+
+def test_only_a_unigram_model_has_segmentations(tokenizer: Tokenizer) -> None:
+    assert tokenizer.is_unigram
+    assert not Tokenizer(train_vocabulary(TEXTS, 1000, "bpe")).is_unigram
+
+
+@pytest.mark.parametrize("text", ["river", " returns", "7,", "\u00e9te\u0301", SPACE_MARK * 2, "\n"])
+def test_segmentations_are_different_spellings_the_likeliest_first(tokenizer: Tokenizer, text: str) -> None:
+    ways = tokenizer.segmentations(text, 16)
+    assert ways[0].tolist() == tokenizer.encode(text).tolist()
+    assert len({tuple(way.tolist()) for way in ways}) == len(ways) <= 16
+    assert {tokenizer.decode(way) for way in ways} == {text}
+    scores = [tokenizer.scores[way].sum() for way in ways]
+    assert scores == pytest.approx(sorted(scores, reverse=True), rel=1e-5)
+
+
+def test_bytes_are_less_likely_than_all_pieces(tokenizer: Tokenizer) -> None:
+    assert tokenizer.scores[tokenizer.is_byte].max() < tokenizer.scores[~tokenizer.is_byte].min()

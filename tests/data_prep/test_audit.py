@@ -281,6 +281,10 @@ def test_manifest_is_checked_against_itself_and_the_shards(
         verify(write(shards, vocab_size=511))
     with pytest.raises(UserError, match="records of books some are neither"):
         verify(write(shards, sources={"books": SourceEntry(weight=None, path_header="", read=7, rejected={})}))
+    with pytest.raises(UserError, match="records of books some are neither"):
+        verify(
+            write(shards, sources={"books": SourceEntry(weight=None, path_header="", copies=2, read=1, rejected={})})
+        )
     manifest = Manifest.load(write(shards))
     part = manifest.splits["train"].sources["books"]
     for change, finding in (

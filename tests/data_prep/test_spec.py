@@ -58,6 +58,20 @@ def test_every_key_can_be_overridden(spec_file: Path) -> None:
     assert spec.sources[0].exclude == ("x",)
 
 
+def test_the_pairs_of_the_benchmarks_load_from_anywhere() -> None:
+    path = Path(__file__).parent.parent.parent / "benchmarks" / "pairs.toml"
+    paths = [f"sources.{number}.path=/tmp/{number}" for number in range(3)]
+    spec = load_prep_spec([str(path)], {}, {}, paths)
+    assert [source.path for source in spec.sources] == [("/tmp/0",), ("/tmp/1",), ("/tmp/2",)]
+    assert [(source.copies, source.sampling) for source in spec.sources] == [(1, 0), (4, 0.3), (2, 0.3)]
+
+
+def test_a_given_vocabulary_may_have_probabilities_whatever_would_be_trained() -> None:
+    overrides = ["sources.0.sampling=0.3", "vocabulary.model=bpe"]
+    assert "sources.a.sampling = 0.3 needs probabilities" in complaint(["a=pairs.jsonl"], *overrides)
+    load_prep_spec(["a=pairs.jsonl"], {}, {}, [*overrides, "vocabulary.tokenizer=unigram.model"])
+
+
 def test_sources_of_the_command_line(tmp_path: Path) -> None:
     (tmp_path / "a=b.txt").touch()
     paths = ["novels=books/", str(tmp_path / "a=b.txt"), "more/*.jsonl.gz"]

@@ -180,7 +180,7 @@ class DiffusionSpec(Section):
     )
     normalise_embeddings: bool = Field(True, description="all embeddings of the same length, sqrt(embedding_dim)")
     self_conditioning: Fraction = Field(
-        0.0, description="share of documents that are denoised with an earlier estimate at hand; 0 for none"
+        0.0, description="share of steps in which documents are denoised with an earlier estimate at hand; 0 for none"
     )
     self_conditioning_lag: Fraction = Field(
         0.1, description="that estimate is made up to this share of T earlier, as it is while sampling"

@@ -110,15 +110,14 @@ class DiffusionObjective(nn.Module):
             f_blz = self.denoiser(z_t, time_bl, documents, estimate_blz, dropout=dropout)
             return f_blz, reader.scores(f_blz, z_t, self.schedule.log_snr(timestep_bl))
 
-        # 4. Some documents have an estimate at hand, made earlier on their way from noise.
+        # 4. In some steps, documents have an estimate at hand, made earlier on their way from noise.
         estimate_blz = None
-        if diffusion.self_conditioning:
+        if self._helped(batch.step):
             lag_bm = diffusion.self_conditioning_lag * key.uniform(Purpose.LAG, batch.num_documents)
             earlier_bm = (timestep_bm + lag_bm * self.schedule.num_timesteps).clamp(max=self.schedule.last)
-            helped_bm = key.uniform(Purpose.SELF_CONDITIONING, batch.num_documents) <= diffusion.self_conditioning
             with torch.no_grad():
                 estimate_blz = reader.clean(*denoise(earlier_bm, None), target_bl)
-            estimate_blz = estimate_blz * (helped_bm.gather(1, document_bl) & target_bl)[..., None]
+            estimate_blz = estimate_blz * target_bl[..., None]
         with captured_router_logits(self.denoiser) as router_logits:
             f_blz, scores_bly = denoise(timestep_bm, estimate_blz)
 
@@ -165,6 +164,12 @@ class DiffusionObjective(nn.Module):
 
         self.statistics.add(loss, parts)
         return loss
+
+    def _helped(self, step: int) -> bool:
+        """Whether a step's documents have an estimate; drawn for all of them, or those without would pay for it too."""
+        share = self.spec.diffusion.self_conditioning
+        key = NoiseKey(self.spec.seed, step, torch.zeros(1, dtype=torch.int64))
+        return share > 0 and key.uniform(Purpose.SELF_CONDITIONING, 1).item() <= share
 
     def _record(self, timestep_bm: Tensor, document_bl: Tensor, counted_bl: Tensor, token_loss_bl: Tensor) -> None:
         """Tell the timestep sampler and the statistics the mean loss of each document, unweighted."""

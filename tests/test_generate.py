@@ -15,9 +15,8 @@ from mdseq.cli import main
 from mdseq.cli.results import FileResults
 from mdseq.cli.weights import load_run
 from mdseq.diffusion.estimates import READINGS
-from mdseq.diffusion.solvers import SOLVERS
 from mdseq.diffusion.time_grids import TIME_GRIDS
-from mdseq.generate.sampler import SamplerOptions
+from mdseq.generate.sampler import SOLVERS, SamplerOptions
 from mdseq.generate.text import TextGenerator
 from mdseq.model.saved import SavedModel
 from tests.generate.models import save_tiny_model

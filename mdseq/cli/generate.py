@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mdseq.model.saved import ModelConfig, SavedModel
 
 DEFAULT_LENGTH = 128
-SOLVERS = ("ddpm", "ddim", "dpm_2s", "dpm_2m", "dpm_3m", "dpm_2m_sde")
+SOLVERS = ("ddpm", "ddim", "dpm_2s", "dpm_2m", "dpm_3m", "dpm_2m_sde", "mask_predict")
 TIME_GRIDS = ("uniform", "log_snr", "quadratic")
 # What does not change the texts, or is told apart by more than its name.
 NO_SETTINGS = {"command", "run", "input", "output", "batch_size", "trace"}

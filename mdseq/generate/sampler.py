@@ -6,8 +6,9 @@ Shapes: b batch, l length, z embedding dimension, n rows that still need the den
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,11 +16,15 @@ from torch import Tensor
 from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.rounding import likeliest_tokens, nearest_tokens
 from mdseq.diffusion.schedule import NoiseLevel
-from mdseq.diffusion.solvers import SOLVERS, ReverseProcess
+from mdseq.diffusion.solvers import SOLVERS as REVERSE_SOLVERS
+from mdseq.diffusion.solvers import ReverseProcess
 from mdseq.diffusion.time_grids import TIME_GRIDS, time_grid
 from mdseq.errors import UserError
 from mdseq.noise import NoiseKey, Purpose
 from mdseq.sparse import Documents
+
+MASK_PREDICT = "mask_predict"
+SOLVERS = (*REVERSE_SOLVERS, MASK_PREDICT)
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class SamplerOptions:
 
     Attributes:
         num_calls: Denoiser calls; at t = T - 1 the first, at t = 0 the last, whose estimate is the result.
-        solver: A key of `mdseq.diffusion.solvers.SOLVERS`.
+        solver: A key of `mdseq.diffusion.solvers.SOLVERS`, or "mask_predict": see `_mask_predict`.
         time_grid: A key of `mdseq.diffusion.time_grids.TIME_GRIDS`: where between T - 1 and 0 the calls are spent.
         seed: Key of all noise, below 2**32.
         temperature: Factor of all noise that is drawn, at the start and in the steps of stochastic solvers. 1 is what
@@ -75,6 +80,11 @@ class SamplerOptions:
         ):
             if not fits:
                 raise UserError(f"the sampler's {name} = {getattr(self, name)} is not allowed; give {allowed}")
+        if self.solver == MASK_PREDICT and self.absorb:
+            raise UserError(
+                "the sampler's absorb = True does not go with solver = mask_predict, which chooses what is absorbed "
+                "itself; leave absorb out"
+            )
         if self.confidence and not self.patience:
             raise UserError(
                 f"the sampler's confidence = {self.confidence} ends no text early without a patience; "
@@ -132,7 +142,15 @@ def sample(
         sample_b: Id of each row's noise: with the seed, it fixes the result, whatever else is in the batch.
         options: Solver, calls, seed.
         observe: Called with the state of each call, until no row needs another.
+
+    Raises:
+        UserError: The solver is mask_predict, and the model has no absorbing state.
     """
+    if options.solver == MASK_PREDICT and not model.gamma:
+        raise UserError(
+            "solver mask_predict begins with every token absorbed, which this model has not been trained on; use "
+            "another solver, or train with diffusion.absorbing = true and a diffusion.gamma above 0"
+        )
     levels = model.schedule.levels(time_grid(options.time_grid, model.schedule, options.num_calls))
     rows = GivenRows.of(model, tokens_bl, target_bl, documents)
     denoised = _Denoised(rows, tokens_bl, options, observe)
@@ -149,16 +167,38 @@ def sample(
         return torch.where(absorbed_bl[..., None], 0.0, u_blz)  # z = m
 
     start_blz = options.temperature * keys[levels[0]].normal(Purpose.STARTING, length, dim)
-    # What the solver returns is the newest estimate, which is kept.
-    SOLVERS[options.solver](ReverseProcess(levels, denoised.predict, draw_normal, absorb), start_blz)
+    # What solvers return is the newest estimate, which is kept.
+    if options.solver == MASK_PREDICT:
+        _mask_predict(levels, denoised, draw_normal)
+    else:
+        REVERSE_SOLVERS[options.solver](ReverseProcess(levels, denoised.predict, draw_normal, absorb), start_blz)
     return Samples(denoised.tokens(), denoised.calls_b)
+
+
+def _mask_predict(
+    levels: Sequence[NoiseLevel], denoised: _Denoised, draw_normal: Callable[[NoiseLevel], Tensor]
+) -> None:
+    """Guess all tokens, keep those that are likeliest, and guess the others again in their sight.
+
+    Between calls at t and s, the likeliest tokens go through the forward process anew, to q(z_s | tokens), and those
+    of them with the least probability are absorbed, z = m: at first all, and after n of N calls a share of 1 - n / N.
+    So a token's first guess does not become the evidence for its second. This is Mask-Predict (Ghazvininejad et al.,
+    arXiv 1904.09324), with the soft absorbing state for its mask.
+    """
+    u_blz = torch.zeros_like(denoised.x_blz)
+    for calls, (t, s) in enumerate(pairwise(levels), start=1):
+        denoised.predict(u_blz, t)
+        kept_bl, u_0 = denoised.likeliest(calls, len(levels))
+        u_blz = torch.where(kept_bl[..., None], s.alpha * u_0 + s.sigma * draw_normal(s), 0.0)
+    denoised.predict(u_blz, levels[-1])
 
 
 class _Denoised:
     """The newest estimate of every row, and the denoiser as solvers call it: only for the rows that still need it.
 
     Attributes:
-        rows: Those that do.
+        all_rows: All of the batch.
+        rows: Those that still do.
         row_n: Where they are in the batch.
         x_blz: Newest estimate of the clean embeddings; zero in rows without targets.
         scores_bly: Scores of its tokens.
@@ -177,7 +217,7 @@ class _Denoised:
     ) -> None:
         self.options = options
         self.observe = observe
-        self.rows = rows
+        self.all_rows = self.rows = rows
         self.row_n = torch.arange(len(tokens_bl), device=tokens_bl.device)
         self.x_blz = torch.zeros_like(rows.source_blz)
         scored = rows.reader.scored
@@ -206,9 +246,18 @@ class _Denoised:
             self._round()
         return self.tokens_bl
 
+    def likeliest(self, calls: int, of: int) -> tuple[Tensor, Tensor]:
+        """All targets [b, l] but the least likely of a row, whose share is 1 - calls / of; and u_0 of all tokens."""
+        rows = self.all_rows
+        confidence_bl = self.confidence_bl.masked_fill(~rows.target_bl, torch.inf)
+        rank_bl = confidence_bl.argsort(dim=1, stable=True).argsort(dim=1)
+        others_b = rows.target_bl.sum(dim=1) * (of - calls) // of
+        u_0 = rows.reader.embedding_vz[self.tokens_bl.clamp(min=0)] - rows.model.m_z
+        return (rank_bl >= others_b[:, None]) & rows.target_bl, u_0
+
     @property
     def _looked_at(self) -> bool:
-        return self.observe is not None or self.options.patience > 0
+        return self.observe is not None or self.options.patience > 0 or self.options.solver == MASK_PREDICT
 
     def _estimate(self, z_nlz: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         options, rows = self.options, self.rows

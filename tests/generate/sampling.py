@@ -15,8 +15,7 @@ from mdseq.data.tokenizer import SpecialToken
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import READINGS
 from mdseq.diffusion.schedule import NoiseSchedule
-from mdseq.diffusion.solvers import SOLVERS
-from mdseq.generate.sampler import SamplerOptions, Samples, sample
+from mdseq.generate.sampler import SOLVERS, SamplerOptions, Samples, sample
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
 from mdseq.sparse import Documents
 from mdseq.spec import load_spec

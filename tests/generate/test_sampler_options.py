@@ -14,10 +14,9 @@ from torch import Tensor
 
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import READINGS, Reading
-from mdseq.diffusion.solvers import SOLVERS
 from mdseq.diffusion.time_grids import TIME_GRIDS, time_grid
 from mdseq.errors import UserError
-from mdseq.generate.sampler import SamplerOptions, thresholded
+from mdseq.generate.sampler import REVERSE_SOLVERS, SOLVERS, SamplerOptions, thresholded
 from mdseq.noise import NoiseKey, Purpose
 from tests.generate.sampling import (
     LENGTH,
@@ -116,7 +115,7 @@ def test_temperature_scales_the_noise_of_every_step(
     assert torch.equal(generate(model, solver=solver).tokens_bl, expected)
 
 
-@every_solver
+@pytest.mark.parametrize("solver", REVERSE_SOLVERS)
 def test_absorbed_targets_are_m_at_their_steps_end(model: DiffusionModel, solver: str) -> None:
     """With probability gamma * sigma, by noise of its own; but not where the last step has ended."""
     rows = [0, 1, 2]
@@ -173,6 +172,7 @@ def test_thresholding_is_by_the_quantile_of_each_rows_targets(
         ({"threshold": 1.5}, ["threshold = 1.5"]),
         ({"threshold": math.nan}, ["threshold = nan"]),
         ({"patience": -1}, ["patience = -1", "0 or more"]),
+        ({"solver": "mask_predict", "absorb": True}, ["absorb = True", "solver = mask_predict", "leave absorb out"]),
         ({"patience": 1, "confidence": 1.5}, ["confidence = 1.5", "0 to 1"]),
         ({"patience": 1, "confidence": math.nan}, ["confidence = nan"]),
         ({"confidence": 0.5}, ["confidence = 0.5", "a patience of 1"]),

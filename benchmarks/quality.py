@@ -38,15 +38,15 @@ from mdseq.generate.text import TextGenerator
 ROOT = Path(__file__).parent.parent
 SHAPE = [
     "model.hidden_dim=512", "model.num_layers=8", "model.num_heads=8", "model.feedforward_dim=1536",
-    "data.row_length=256", "data.packing=whole", "data.batch_size=256", "data.micro_batch_size=256",
+    "data.row_length=288", "data.packing=whole", "data.batch_size=228", "data.micro_batch_size=228",
     "schedule.warmup_steps=300", "checkpoint.interval_steps=1000000", "checkpoint.keep_last=1",
     "report.sample_interval_steps=0", "report.valid_rows=256", "report.log_interval_steps=50",
 ]  # fmt: skip
 MODELS: dict[str, list[str]] = {
     "ours": [
-        "--spec", "sa_diffuseq", *SHAPE, "attention.dilation=[1]", "attention.num_global=2", "model.dropout=0.2",
-        "diffusion.source_dropout=0.1", "diffusion.self_conditioning=0.5", "optimiser.learning_rate=1e-3",
-        "optimiser.weight_decay=0.1", "optimiser.ema_decay=0.999", "optimiser.precision=bf16",
+        "--spec", "sa_diffuseq", *SHAPE, "attention.dilation=[1]", "attention.num_global=2", "model.dropout=0.3",
+        "diffusion.source_dropout=0.2", "diffusion.self_conditioning=0.5", "optimiser.learning_rate=1e-3",
+        "optimiser.weight_decay=1.0", "optimiser.ema_decay=0.999", "optimiser.precision=bf16",
     ],
     "diffuseq": [
         "--spec", "diffuseq", *SHAPE, "optimiser.learning_rate=3e-4", "optimiser.ema_decay=0.999",
@@ -54,7 +54,11 @@ MODELS: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 SETTINGS = {
-    "ours": [SamplerOptions(20, temperature=0.0), SamplerOptions(50, temperature=0.0)],
+    "ours": [
+        SamplerOptions(20, temperature=0.0),
+        SamplerOptions(20, solver="mask_predict", temperature=0.0),
+        SamplerOptions(50, solver="mask_predict", temperature=0.0),
+    ],
     "diffuseq": [
         SamplerOptions(20),
         SamplerOptions(20, temperature=0.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ settings.load_profile("mdseq")
 
 # Tensors here are tiny: more threads than one only wait for each other, above all on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Products of fp32 in fp32, on a GPU too, whatever a test before has asked for."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _sentence(rng: random.Random, num_words: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,13 @@ from mdseq.evaluate.likelihood import LikelihoodOptions, Scorer
 from mdseq.model.saved import load_model
 from tests.evaluate.test_likelihood import saved_model
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 # Heads of 16, which the attention kernels take; every token meets all experts, so that no rounding sends it to others.
 WIDER = ["model.hidden_dim=32", "experts.top_k=4"]
-
-
-@pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @pytest.mark.parametrize("reading", READINGS)

@@ -6,6 +6,8 @@ Shapes: b rows, l length, z embedding dimension, v vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +61,15 @@ def model_of(*overrides: str) -> DiffusionModel:
         denoiser.output[-1].weight.mul_(100)  # nothing is learned, but something is said
         denoiser.head.bias.copy_(-denoiser.embedding.weight.square().sum(dim=1) / 2)  # the likeliest is the nearest
     return DiffusionModel(denoiser, M, SCHEDULE, gamma=0.5, reading="output")
+
+
+def unsure(model: DiffusionModel) -> DiffusionModel:
+    """The same with words that are hard to tell apart: no two are so likely that rounding decides which is likelier."""
+    denoiser = deepcopy(model.denoiser)
+    with torch.no_grad():
+        denoiser.embedding.weight.mul_(0.25)
+        denoiser.head.bias.mul_(0.25**2)
+    return replace(model, denoiser=denoiser)
 
 
 def some_rows() -> tuple[Tensor, Tensor, Tensor]:

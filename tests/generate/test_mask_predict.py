@@ -13,27 +13,17 @@ from mdseq.diffusion.rounding import NOT_TARGETS
 from mdseq.diffusion.time_grids import time_grid
 from mdseq.errors import UserError
 from mdseq.noise import NoiseKey, Purpose
-from tests.generate.sampling import ALL, DIM, LENGTH, M, Shown, every_reading, generate, model_of, slow_read, some_rows
+from tests.generate.sampling import ALL, DIM, LENGTH, M, Shown, every_reading, generate, slow_read, some_rows, unsure
 
 CALLS = 6
-
-
-@pytest.fixture
-def unsure() -> DiffusionModel:
-    """Probabilities far enough from 1 that they can be told apart."""
-    model = model_of("diffusion.self_conditioning=0.5")
-    with torch.no_grad():
-        model.denoiser.embedding.weight.mul_(0.2)
-        model.denoiser.head.bias.mul_(0.04)
-    return model
 
 
 @every_reading
 @pytest.mark.parametrize("temperature", [0.0, 0.5])
 def test_each_call_sees_the_likeliest_tokens_and_m(
-    unsure: DiffusionModel, reading: Reading, temperature: float
+    self_conditioned: DiffusionModel, reading: Reading, temperature: float
 ) -> None:
-    model = replace(unsure, reading=reading)
+    model = replace(unsure(self_conditioned), reading=reading)
     with Shown(model) as shown:
         samples = generate(model, solver="mask_predict", num_calls=CALLS, temperature=temperature, seed=3)
     _, target_bl, _ = some_rows()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,10 @@ from mdseq.sparse.reference import attend_reference, visible
 from tests.sparse.layouts import layouts, pack
 
 triton = pytest.importorskip("triton", reason="comes with torch for GPUs")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 HEADS, HEAD_DIM = 4, 64
 ENGINES = [
@@ -37,14 +40,6 @@ PATTERNS = [Pattern(3), Pattern(64), Pattern(20, (3,)), Pattern(1000), Pattern(N
 LENGTHS = [[[300, 20, 100], [500, 0, 0]], [[1, 0, 250], [0, 0, 0]], [[130, 0, 0], [7, 160, 200]]]
 
 Attention = Callable[[Tensor, Tensor, Tensor, Pattern, Layout], Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _exact_float32() -> Iterator[None]:
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def random_inputs(layout: Layout, dtype: torch.dtype, seed: int = 0, head_dim: int = HEAD_DIM) -> list[Tensor]:

@@ -62,6 +62,8 @@ VARIANTS: dict[str, list[str]] = {
     "linear": ["diffusion.noise_schedule=linear"],
     "warm-up decay": ["diffusion.noise_schedule=warmup_decay"],
     "gamma 0": ["diffusion.gamma=0"],
+    "gamma 0.25": ["diffusion.gamma=0.25"],
+    "gamma 1": ["diffusion.gamma=1"],
     "no absorbing state": ["diffusion.absorbing=false"],
 }
 SAMPLERS = {

@@ -109,7 +109,7 @@ class PromptEncoder:
         if isinstance(prompt, Infill):
             return self._infill(prompt)
         front_l = self._front(prompt.source)
-        length = self._length(prompt, len(front_l), seed)
+        length = self._length(prompt, front_l, seed)
         if blocks is not None and blocks.cut(len(front_l), length):
             draft = Draft(front_l, length, prompt.sample_id, self.kind == "pair", blocks)
             return Job(draft.row(np.empty(0, np.int64), 0), self.tokenizer.decode, draft)
@@ -134,15 +134,15 @@ class PromptEncoder:
 
         return Job(Row.of(parts, prompt.sample_id, self._source_length(front_l)), text_of)
 
-    def _length(self, prompt: Prompt, num_source: int, seed: int) -> int:
+    def _length(self, prompt: Prompt, front_l: np.ndarray, seed: int) -> int:
         if isinstance(prompt.length, int):
             return prompt.length
         if self.lengths is None:
             raise UserError("the model does not know how long the texts of its training data are; give a length")
         if prompt.length == "predicted":
-            return self.lengths.predicted(num_source)
+            return self.lengths.predicted(front_l)
         key = NoiseKey(seed, 0, torch.tensor([prompt.sample_id]))
-        return self.lengths.at(num_source, key.uniform(Purpose.LENGTH, 1).item())
+        return self.lengths.at(front_l, key.uniform(Purpose.LENGTH, 1).item())
 
     def _front(self, source: str) -> np.ndarray:
         end = [SpecialToken.SEP] if self.kind == "pair" else []

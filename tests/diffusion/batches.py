@@ -35,7 +35,7 @@ ANCHOR = [*SQUARED_ERROR, "diffusion.anchor_weight=1.0"]
 POSTERIOR = [*ANCHOR, "diffusion.estimate=posterior", "diffusion.denoising_weight=0.0"]
 EVERYTHING = [
     *POSTERIOR, "diffusion.noise_factor=2.0", "diffusion.continuous_time=true", "diffusion.stratified=true",
-    "diffusion.normalise_embeddings=true", "diffusion.self_conditioning=0.5", "diffusion.condition_dropout=0.3",
+    "diffusion.normalise_embeddings=true", "diffusion.self_conditioning=1.0", "diffusion.condition_dropout=0.3",
     "diffusion.source_dropout=0.2",
 ]  # fmt: skip
 

@@ -36,7 +36,7 @@ TARGET_OBJECTIVES = {
     "more noise": [*ANCHOR, "diffusion.noise_factor=3.0"],
     "less noise, so that some signal is left": [*ANCHOR, "diffusion.noise_factor=0.02"],
     "continuous time": [*ANCHOR, "diffusion.continuous_time=true"],
-    "self-conditioning": [*ANCHOR, "diffusion.self_conditioning=0.5"],
+    "self-conditioning": [*ANCHOR, "diffusion.self_conditioning=1.0"],
     "condition dropout": [*ANCHOR, "diffusion.condition_dropout=0.5"],
     "source dropout": [*ANCHOR, "diffusion.source_dropout=0.5"],
     "everything": EVERYTHING,

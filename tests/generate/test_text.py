@@ -162,7 +162,7 @@ def test_prompts_are_read_a_window_at_a_time(tokenizer: Tokenizer) -> None:
 
 
 def test_lengths_by_the_table(tokenizer: Tokenizer) -> None:
-    table = LengthTable("pair", (1.0, 6.0), ((10.0, 20.0, 40.0), (100.0, 200.0, 400.0)))
+    table = LengthTable("pair", (1.0,) * tokenizer.vocab_size, (1.0, 6.0), ((10.0, 20.0, 40.0), (100.0, 200.0, 400.0)))
 
     def num_targets(source: str, length, sample_id: int = 0) -> int:
         return int(row_of(tokenizer, Prompt(source, length, sample_id), "pair", table).target_l.sum())

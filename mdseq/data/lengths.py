@@ -29,7 +29,7 @@ MAX_DOCUMENTS = 2**20
 MAX_TOKENS = 2**21
 # Tokens that are seen less often than about this are worth what the average token is.
 RIDGE = 30.0
-WORTH_TYPE = np.dtype("<f2")
+WORTH_TYPE = np.dtype("<f4")
 
 
 def check_sources(corpus: Corpus, sources: Sequence[str]) -> None:

@@ -47,8 +47,9 @@ class Reporter(nn.Module):
             for dilation in dilations
         )
         for block in self.blocks:  # from the start, heads prefer some tokens to others
-            nn.init.orthogonal_(block.attention.query.weight)
-            nn.init.orthogonal_(block.attention.key.weight)
+            query, key, _ = block.attention.query_key_value.weight.detach().chunk(3)
+            nn.init.orthogonal_(query)
+            nn.init.orthogonal_(key)
         self.norm = nn.RMSNorm(HIDDEN, eps=1e-5)
         self.answer = nn.Linear(HIDDEN, VALUES)
 

@@ -95,7 +95,13 @@ class Score:
 
 
 class Pairs:
-    """Sources and references of a split."""
+    """Sources and references of a split.
+
+    Attributes:
+        prompts, references: Texts, lengths to be predicted.
+        lengths: Tokens of the references.
+        length_error: Mean absolute error of the predicted lengths, tokens.
+    """
 
     def __init__(self, data: Path, split: str, generator: TextGenerator, at_most: int | None = None) -> None:
         corpus = Corpus.open(data, split)
@@ -104,12 +110,16 @@ class Pairs:
         self.prompts: list[Prompt] = []
         self.lengths: list[int] = []
         self.references: list[str] = []
+        errors: list[int] = []
+        assert generator.lengths is not None
         for sample_id, document in enumerate(np.linspace(0, corpus.num_documents - 1, count).astype(int)):
             tokens, start = corpus.tokens(int(document)).astype(np.int64), corpus.target_start(int(document))
             source, target = (self._text(part) for part in (tokens[:start], tokens[start:]))
             self.prompts.append(Prompt(source, "predicted", sample_id))
             self.references.append(target)
             self.lengths.append(len(tokens) - start)
+            errors.append(abs(generator.lengths.predicted(tokens[:start]) - self.lengths[-1]))
+        self.length_error = float(np.mean(errors))
 
     def bleu(self, options: SamplerOptions, batch_size: int = 256, given_lengths: bool = False) -> float:
         prompts = self.prompts
@@ -178,6 +188,8 @@ def measure(name: str, options: argparse.Namespace) -> Score:
     chosen = max(SETTINGS[name], key=lambda setting: bleu[describe(setting)])
     print(f"  with the lengths of the references: {held_out.bleu(chosen, given_lengths=True):.2f}", flush=True)
     test = Pairs(options.data, options.score, generator, options.test_pairs)
+    errors = f"{held_out.length_error:.2f} on held-out pairs, {test.length_error:.2f} on {options.score}"
+    print(f"  mean error of predicted lengths, tokens: {errors}", flush=True)
     started = time.perf_counter()
     test_bleu = test.bleu(chosen)
     rate = len(test.prompts) / (time.perf_counter() - started)

@@ -29,4 +29,6 @@ def test_quality_after_training(pair_dataset: Path, tmp_path: Path, capsys: pyte
         str(tmp_path / "runs"),
     ]
     assert quality.main(["--data", str(pair_dataset), "--models", "ours", *options, *tiny]) == 0
-    assert "20 calls, temperature 0.0" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "20 calls, temperature 0.0" in shown
+    assert "mean error of predicted lengths, tokens: " in shown

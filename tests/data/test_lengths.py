@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdseq.data import lengths
 from mdseq.data.corpus import Corpus
 from mdseq.data.lengths import NUM_QUANTILES, RIDGE, LengthTable, worth_of_tokens
 from mdseq.errors import UserError
@@ -64,6 +65,19 @@ def test_a_corpus_of_pairs(pair_dataset: Path) -> None:
     assert table.worth_v == slow.worth_v
     assert table.sources_k == pytest.approx(slow.sources_k)
     assert np.array(table.quantiles_kq) == pytest.approx(np.array(slow.quantiles_kq))
+
+
+def test_of_many_sources_some_are_read(pair_dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as are allowed, from documents all over the corpus."""
+    corpus, read = Corpus.open(pair_dataset, "train"), []
+    tokens_of = corpus.tokens
+    monkeypatch.setattr(corpus, "tokens", lambda n, *where: read.append(n) or tokens_of(n, *where))
+    total = sum(corpus.target_start(document) for document in range(corpus.num_documents))
+    monkeypatch.setattr(lengths, "MAX_TOKENS", total // 4)
+    table = LengthTable.of(corpus)
+    assert corpus.num_documents / 5 - 1 < len(read) < corpus.num_documents / 4 + 1
+    assert read == list(range(0, corpus.num_documents, read[1]))
+    assert table.predicted(tokens_of(0, 0, corpus.target_start(0))) > 1
 
 
 @settings(max_examples=30)

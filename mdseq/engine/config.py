@@ -199,6 +199,10 @@ def _check_zero(values: dict[str, Any], problems: list[str]) -> None:
             "zero_optimization.round_robin_gradients permutes the weights that checkpoints name (DeepSpeed 0.19.8); "
             "remove it"
         )
+    for section, key in (("zero_optimization", "compute_grad_norm"), ("bf16", "check_grad_overflow")):
+        found = values.get(section)
+        if isinstance(found, dict) and found.get(key) is False:
+            problems.append(f"{section}.{key} = false would take steps that are not finite; remove it")
 
 
 def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_gpu: bool, problems: list[str]) -> int:

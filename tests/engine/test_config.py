@@ -131,6 +131,20 @@ def test_gradients_must_keep_their_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "values",
+    [{"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, {"bf16": {"check_grad_overflow": False}}],
+)
+def test_steps_that_are_not_finite_must_be_noticed(tmp_path: Path, values: dict[str, Any]) -> None:
+    _, problem = problems(tmp_path, values)
+    assert "= false would take steps that are not finite; remove it" in problem
+
+
+def test_a_section_that_is_no_object_is_one_problem(tmp_path: Path) -> None:
+    _, problem = problems(tmp_path, {"bf16": True})
+    assert "bf16 = true contradicts the run spec" in problem
+
+
+@pytest.mark.parametrize(
     ("batch_size", "micro_batch_size", "num_ranks", "micro_batches"),
     [(16, 1, 1, 16), (16, 4, 1, 4), (16, 4, 2, 2), (16, 4, 4, 1), (6, 2, 3, 1)],
 )

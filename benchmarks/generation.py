@@ -24,6 +24,7 @@ from rich.table import Table
 from benchmarks.measure import peak_bytes
 from mdseq.cli.arguments import at_least, lengths
 from mdseq.data.tokenizer import SpecialToken
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.engine.checkpoint import find_model
@@ -113,7 +114,8 @@ def _model(run: Path | None) -> tuple[DiffusionModel, int]:
     denoiser = Denoiser(DenoiserConfig.of(spec, VOCAB)).to(DEVICE).eval()
     m_z = torch.zeros(spec.model.embedding_dim, device=DEVICE)
     schedule = NoiseSchedule(spec.diffusion.noise_schedule, spec.diffusion.num_timesteps)
-    return DiffusionModel(denoiser, m_z, schedule, spec.diffusion.gamma), ROW_LENGTH
+    absorption = Absorption(spec.diffusion.gamma, spec.diffusion.absorbing_schedule)
+    return DiffusionModel(denoiser, m_z, schedule, absorption, spec.diffusion.estimate), ROW_LENGTH
 
 
 if __name__ == "__main__":

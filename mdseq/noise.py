@@ -44,7 +44,9 @@ class Purpose(IntEnum):
     RESAMPLING = 14
     DROPOUT = 15
     SOURCE = 16
+    SHARE = 17
     LIKELIHOOD = 20
+    ORDER = 21
 
 
 @dataclass(frozen=True)

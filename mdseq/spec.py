@@ -148,6 +148,11 @@ class DiffusionSpec(Section):
     noise_factor: Annotated[float, Field(gt=0)] = Field(
         4.0, description="noise so many times as strong, for embeddings that are told apart too easily"
     )
+    min_signal: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="share alpha of the embedding below which noise takes no more of it; 0 for the whole schedule. "
+        "Where gamma = 1 takes all of a target away, noise need not",
+    )
     continuous_time: bool = Field(False, description="train between the T timesteps too")
     timestep_sampling: Literal["uniform", "loss_aware"] = Field(
         "loss_aware", description="how t is drawn: uniformly, or by the loss seen at each t (with its correction)"
@@ -157,6 +162,11 @@ class DiffusionSpec(Section):
     )
     absorbing: bool = Field(True, description="soft absorbing state: targets drift to a learned vector m")
     gamma: Fraction = Field(0.5, description="share of target tokens replaced by m at t = T (absorbing only)")
+    absorbing_schedule: Literal["sigma", "uniform"] = Field(
+        "sigma",
+        description="the share at t: gamma * sigma_t (as published), or for each document anything from 0 to gamma, "
+        "which is what the solver mask_predict goes through",
+    )
     absorbing_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of ||m|| in the loss")
     objective: Literal["target", "published"] = Field(
         "target", description="loss over target tokens only, or DiffuSeq's over every position, padding included"
@@ -195,9 +205,9 @@ class DiffusionSpec(Section):
     @model_validator(mode="after")
     def _loss_and_estimate_agree(self) -> Self:
         published: dict[str, Any] = {
-            "noise_factor": 1.0, "continuous_time": False, "stratified": False, "denoising_weight": 1.0, "snr_cap": 0.0,
-            "anchor_weight": 0.0, "rounding_weight": 1.0, "estimate": "output", "normalise_embeddings": False,
-            "self_conditioning": 0.0, "condition_dropout": 0.0, "source_dropout": 0.0,
+            "noise_factor": 1.0, "min_signal": 0.0, "continuous_time": False, "stratified": False,
+            "denoising_weight": 1.0, "snr_cap": 0.0, "anchor_weight": 0.0, "rounding_weight": 1.0, "estimate": "output",
+            "normalise_embeddings": False, "self_conditioning": 0.0, "condition_dropout": 0.0, "source_dropout": 0.0,
         }  # fmt: skip
         changed = [key for key, value in published.items() if getattr(self, key) != value]
         if self.objective == "published" and changed:

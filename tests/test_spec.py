@@ -229,7 +229,8 @@ def test_what_is_switched_off_contradicts_nothing() -> None:
 
 # What DiffuSeq's loss is, key by key, and something else.
 OF_PUBLISHED = {
-    "noise_factor": ("1.0", "2.0"), "continuous_time": ("false", "true"), "stratified": ("false", "true"),
+    "noise_factor": ("1.0", "2.0"), "min_signal": ("0.0", "0.5"), "continuous_time": ("false", "true"),
+    "stratified": ("false", "true"),
     "denoising_weight": ("1.0", "0.5"), "snr_cap": ("0.0", "5.0"), "anchor_weight": ("0.0", "1.0"),
     "rounding_weight": ("1.0", "0.0"), "estimate": ("output", "softmax"), "normalise_embeddings": ("false", "true"),
     "self_conditioning": ("0.0", "0.5"), "condition_dropout": ("0.0", "0.1"),
@@ -259,8 +260,9 @@ def test_the_published_objective_is_that_and_nothing_else(changed: set[str]) -> 
 def test_what_the_published_objective_leaves_open() -> None:
     neutral = [f"diffusion.{key}={value}" for key, (value, _) in OF_PUBLISHED.items()]
     for override in (
-        "absorbing=false", "absorbing=true", "gamma=0.1", "absorbing_weight=0.5", "timestep_sampling=uniform",
-        "noise_schedule=warmup_decay", "num_timesteps=50", "self_conditioning_lag=0.9",
+        "absorbing=false", "absorbing=true", "gamma=0.1", "absorbing_weight=0.5", "absorbing_schedule=uniform",
+        "timestep_sampling=uniform", "noise_schedule=warmup_decay", "num_timesteps=50",
+        "self_conditioning_lag=0.9",
     ):  # fmt: skip
         overrides = [*neutral, "diffusion.objective=published", f"diffusion.{override}"]
         assert load_spec(None, overrides).spec.diffusion.objective == "published"

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.estimates import Reader, Reading
-from mdseq.diffusion.schedule import NoiseSchedule
+from mdseq.diffusion.schedule import NO_TIME, NoiseSchedule
 from mdseq.model.denoiser import Denoiser
 from mdseq.model.saved import SavedModel
 from mdseq.sparse import Documents
@@ -26,21 +27,27 @@ class DiffusionModel:
         denoiser: In evaluation mode.
         m_z: The absorbing state, fp32; zeros without one.
         schedule: Noise schedule.
-        gamma: Share of target tokens replaced by m at t = T; 0 without an absorbing state.
+        absorption: Which target tokens are replaced by m; none, with a gamma of 0, without an absorbing state.
         reading: What the denoiser's output is; see `mdseq/diffusion/estimates.py`.
     """
 
     denoiser: Denoiser
     m_z: Tensor
     schedule: NoiseSchedule
-    gamma: float
+    absorption: Absorption
     reading: Reading
 
     @classmethod
     def of(cls, saved: SavedModel) -> DiffusionModel:
         config = saved.config
-        schedule = NoiseSchedule(config.noise_schedule, config.num_timesteps, config.noise_factor)
-        return cls(saved.denoiser, saved.m_z, schedule, config.gamma, config.estimate)
+        schedule = NoiseSchedule(config.noise_schedule, config.num_timesteps, config.noise_factor, config.min_signal)
+        absorption = Absorption(config.gamma, config.absorbing_schedule)
+        return cls(saved.denoiser, saved.m_z, schedule, absorption, config.estimate)
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the denoiser has been trained on all shares of absorbed targets alike, none to all of them."""
+        return self.absorption == Absorption(1.0, "uniform")
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class GivenRows:
         model: The denoiser and its process.
         reader: How the denoiser's output is read.
         source_blz: What stands where nothing is generated: embeddings of the clean tokens.
-        source_timestep: How noisy that is: 0 for clean.
+        source_time: What the denoiser is told of it: 0 for clean.
         target_bl: Positions to denoise.
         documents: What each row holds, its global source tokens marked.
     """
@@ -72,7 +79,7 @@ class GivenRows:
     model: DiffusionModel
     reader: Reader
     source_blz: Tensor
-    source_timestep: int
+    source_time: float
     target_bl: Tensor
     documents: Documents
 
@@ -83,12 +90,12 @@ class GivenRows:
         if count := denoiser.config.num_source_global:
             documents = documents.marked(leading_source(documents, target_bl, count))
         reader = Reader.of(model.reading, denoiser.vocabulary(), model.m_z)
-        return cls(model, reader, denoiser.embed(tokens_bl), 0, target_bl, documents)
+        return cls(model, reader, denoiser.embed(tokens_bl), 0.0, target_bl, documents)
 
     def without_source(self) -> GivenRows:
-        """The same rows with nothing given: what `condition_dropout` trains, m at the last timestep."""
+        """The same rows with nothing given: what `condition_dropout` trains, m without a time."""
         nothing_blz = self.model.m_z.expand_as(self.source_blz)
-        return replace(self, source_blz=nothing_blz, source_timestep=self.model.schedule.last)
+        return replace(self, source_blz=nothing_blz, source_time=NO_TIME)
 
     def take(self, index_n: Tensor) -> GivenRows:
         """Some of the rows."""
@@ -120,8 +127,7 @@ class GivenRows:
 
     def _output(self, z_blz: Tensor, timestep_b: Tensor, estimate_blz: Tensor | None) -> Tensor:
         schedule = self.model.schedule
-        source_time = schedule.time(torch.tensor(self.source_timestep)).item()
-        time_bl = torch.where(self.target_bl, schedule.time(timestep_b)[:, None], source_time)
+        time_bl = torch.where(self.target_bl, schedule.time(timestep_b)[:, None], self.source_time)
         target_bl1 = self.target_bl[..., None]
         z_blz = torch.where(target_bl1, z_blz, self.source_blz)
         if estimate_blz is not None:

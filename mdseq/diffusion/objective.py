@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mdseq.data.batch import Batch
-from mdseq.diffusion.absorbing import AbsorbingState, corrupt
+from mdseq.diffusion.absorbing import AbsorbingState, Absorption, corrupt
 from mdseq.diffusion.balance import RouterBalance
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import Reader
 from mdseq.diffusion.rounding import cross_entropy
-from mdseq.diffusion.schedule import NoiseSchedule
+from mdseq.diffusion.schedule import NO_TIME, NoiseSchedule
 from mdseq.diffusion.statistics import LossStatistics
 from mdseq.diffusion.timesteps import TimestepSampler
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
@@ -48,7 +48,11 @@ class DiffusionObjective(nn.Module):
         self.config = config  # AutoEP reads the number of experts here
         self.denoiser = Denoiser(config, spec.model.activation_checkpointing)
         self.absorbing = AbsorbingState(config.embedding_dim, learned=diffusion.absorbing)
-        self.schedule = NoiseSchedule(diffusion.noise_schedule, diffusion.num_timesteps, diffusion.noise_factor)
+        self.schedule = NoiseSchedule(
+            diffusion.noise_schedule, diffusion.num_timesteps, diffusion.noise_factor, diffusion.min_signal
+        )
+        gamma = diffusion.gamma * diffusion.absorbing
+        self.absorption = Absorption(gamma, diffusion.absorbing_schedule)
         self.timesteps = TimestepSampler(diffusion, device)
         self.balance = (
             RouterBalance(config.num_layers, config.num_experts, config.top_k, device) if config.num_experts else None
@@ -57,8 +61,8 @@ class DiffusionObjective(nn.Module):
 
     def model(self) -> DiffusionModel:
         """What sampling needs, with the weights as they are now."""
-        gamma = self.spec.diffusion.gamma * self.spec.diffusion.absorbing
-        return DiffusionModel(self.denoiser, self.absorbing(), self.schedule, gamma, self.spec.diffusion.estimate)
+        reading = self.spec.diffusion.estimate
+        return DiffusionModel(self.denoiser, self.absorbing(), self.schedule, self.absorption, reading)
 
     def forward(self, batch: Batch) -> Tensor:
         """The micro-batch's share of the loss: its mean over all micro-batches of all ranks is the global loss."""
@@ -84,7 +88,7 @@ class DiffusionObjective(nn.Module):
             rounded_blz = word_blz + first_sigma * key.normal(Purpose.EMBEDDING, length, dim)
         z_0 = rounded_blz if published else word_blz
 
-        # 3. Noise the targets, z_t ~ q(z_t | z_0), and denoise. What is dropped of a source is as if it were absorbed.
+        # 3. Noise the targets, z_t ~ q(z_t | z_0), and denoise. What is dropped of a source is absorbed, and says so.
         m_z = self.absorbing()
         reader = Reader.of(diffusion.estimate, vocabulary, m_z)
         epsilon = key.normal(Purpose.DIFFUSION, length, dim)
@@ -95,13 +99,14 @@ class DiffusionObjective(nn.Module):
             dropped_bl = dropped_bl | (key.uniform(Purpose.SOURCE, length) <= diffusion.source_dropout)
         dropped_bl = dropped_bl & ~target_bl & documents.real_bl
         clean_blz = torch.where(dropped_bl[..., None], m_z, z_0)
-        clean_time_bl = dropped_bl * self.schedule.time(torch.tensor(self.schedule.last)).item()
+        clean_time_bl = dropped_bl * NO_TIME
+        share_bl = key.uniform(Purpose.SHARE, batch.num_documents).gather(1, document_bl)
 
         def denoise(timestep_bm: Tensor, estimate_blz: Tensor | None) -> tuple[Tensor, Tensor]:
             """The denoiser's output f, and its scores."""
             timestep_bl = timestep_bm.gather(1, document_bl)
             alpha_bl, sigma_bl = self.schedule.alpha_sigma(timestep_bl)
-            replaced_bl = uniform_bl <= diffusion.gamma * sigma_bl * diffusion.absorbing
+            replaced_bl = uniform_bl <= self.absorption.probability(share_bl, sigma_bl)
             z_t = corrupt(z_0, m_z, alpha_bl, sigma_bl, epsilon, replaced_bl)
             z_t = torch.where(target_bl[..., None], z_t, clean_blz)
             time_bl = torch.where(target_bl, self.schedule.time(timestep_bl), clean_time_bl)

@@ -16,8 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mdseq.errors import UserError
+
 # What the denoiser is told runs from 0 to this, whatever T is (DiffuSeq's `rescale_timesteps`).
 TIME_SCALE = 1000.0
+# What it is told of a position that is empty for another reason than noise, such as a source token that was dropped.
+NO_TIME = 2 * TIME_SCALE
 
 
 def _betas_of(signal: Callable[[Tensor], Tensor], num_timesteps: int) -> Tensor:
@@ -83,20 +87,36 @@ class NoiseSchedule:
         last: T - 1, the noisiest timestep.
         log_snr_t: float64 [T], lambda of each timestep: that of the name, with abar_t = prod (1 - beta_s) over s <= t,
             less log(noise_factor). The process is the named one with noise so many times as strong (the noise factor
-            of Difformer, arXiv 2212.09412, section 4.3), scaled back to the variance of the named one.
+            of Difformer, arXiv 2212.09412, section 4.3), scaled back to the variance of the named one. With a
+            `min_signal` it is the part of that process in which alpha is no less, stretched over all timesteps.
         alpha_bar_t: float64 [T], the signal's share of the variance, alpha_t^2.
     """
 
-    def __init__(self, name: str, num_timesteps: int, noise_factor: float = 1.0) -> None:
+    def __init__(self, name: str, num_timesteps: int, noise_factor: float = 1.0, min_signal: float = 0.0) -> None:
         assert num_timesteps >= 2, "between which timesteps would the others lie?"
         self.name = name
         self.num_timesteps = num_timesteps
         self.last = num_timesteps - 1
         named_t = (1.0 - NOISE_SCHEDULES[name](num_timesteps)).cumprod(dim=0)
         self.log_snr_t = (named_t.log() - torch.log1p(-named_t)) / 2 - math.log(noise_factor)
+        self._log_snr_on: dict[torch.device, Tensor] = {}
+        if min_signal:
+            self._end_at(min_signal)
         self.alpha_bar_t = torch.sigmoid(2 * self.log_snr_t)
         assert (self.log_snr_t.diff() < 0).all(), f"{name}: noise must grow with every timestep"
-        self._log_snr_on: dict[torch.device, Tensor] = {}
+
+    def _end_at(self, min_signal: float) -> None:
+        most = alpha_sigma_of(self.log_snr_t[0])[0].item()
+        if min_signal >= most:
+            raise UserError(
+                f"diffusion.min_signal = {min_signal} is more signal than there ever is: at t = 0, diffusion."
+                f"noise_schedule = {self.name} with this noise_factor leaves {most:.3f}; give less than that"
+            )
+        alpha_bar = torch.tensor(min_signal, dtype=torch.float64).square()
+        end = self.timestep_of((alpha_bar.log() - torch.log1p(-alpha_bar)) / 2)
+        stretched_t = torch.linspace(0, end.item(), self.num_timesteps, dtype=torch.float64)
+        self._log_snr_on, self.log_snr_t = {}, self.log_snr(stretched_t)
+        self._log_snr_on = {}
 
     def log_snr(self, timestep: Tensor) -> Tensor:
         """lambda at timesteps in [0, T - 1], float64, of their shape; exactly the table's at whole ones."""

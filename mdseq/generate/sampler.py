@@ -45,7 +45,7 @@ class SamplerOptions:
             that none exceeds the largest of all embeddings (dynamic thresholding, Imagen, arXiv 2205.11487, section
             2.3); 1 for none.
         absorb: Apply the discrete part of the soft absorbing state while sampling: after each step but the last, a
-            target token is m with probability gamma * sigma.
+            target token is m with the probability that it was in training.
         patience: Calls for which all tokens of a row must stay the same until the row is done; 0 to make all calls.
         confidence: Probability that each of those tokens must have as well. On a fine time grid tokens stay the same
             long before they are settled, since neighbouring calls hardly differ.
@@ -146,7 +146,7 @@ def sample(
     Raises:
         UserError: The solver is mask_predict, and the model has no absorbing state.
     """
-    if options.solver == MASK_PREDICT and not model.gamma:
+    if options.solver == MASK_PREDICT and not model.absorption.gamma:
         raise UserError(
             "solver mask_predict begins with every token absorbed, which this model has not been trained on; use "
             "another solver, or train with diffusion.absorbing = true and a diffusion.gamma above 0"
@@ -163,7 +163,8 @@ def sample(
     def absorb(u_blz: Tensor, level: NoiseLevel) -> Tensor:
         if not options.absorb or level is levels[-1]:
             return u_blz
-        absorbed_bl = keys[level].uniform(Purpose.RESAMPLING, length) <= model.gamma * level.sigma
+        probability = model.absorption.probability(level.timestep / model.schedule.last, level.sigma)
+        absorbed_bl = keys[level].uniform(Purpose.RESAMPLING, length) <= probability
         return torch.where(absorbed_bl[..., None], 0.0, u_blz)  # z = m
 
     start_blz = options.temperature * keys[levels[0]].normal(Purpose.STARTING, length, dim)
@@ -182,13 +183,17 @@ def _mask_predict(
 
     Between calls at t and s, the likeliest tokens go through the forward process anew, to q(z_s | tokens), and those
     of them with the least probability are absorbed, z = m: at first all, and after n of N calls a share of 1 - n / N.
-    So a token's first guess does not become the evidence for its second. This is Mask-Predict (Ghazvininejad et al.,
-    arXiv 1904.09324), with the soft absorbing state for its mask.
+    So a token's first guess does not become the evidence for its second; for the same reason, the probability of one
+    that is not absorbed stays what it was when it last was. This is Mask-Predict (Ghazvininejad et al., arXiv
+    1904.09324), with the soft absorbing state for its mask.
     """
     u_blz = torch.zeros_like(denoised.x_blz)
+    confidence_bl = torch.zeros_like(denoised.confidence_bl)
+    kept_bl = torch.zeros_like(confidence_bl, dtype=torch.bool)
     for calls, (t, s) in enumerate(pairwise(levels), start=1):
         denoised.predict(u_blz, t)
-        kept_bl, u_0 = denoised.likeliest(calls, len(levels))
+        confidence_bl = torch.where(kept_bl, confidence_bl, denoised.confidence_bl)
+        kept_bl, u_0 = denoised.likeliest(confidence_bl, calls, len(levels))
         u_blz = torch.where(kept_bl[..., None], s.alpha * u_0 + s.sigma * draw_normal(s), 0.0)
     denoised.predict(u_blz, levels[-1])
 
@@ -246,10 +251,10 @@ class _Denoised:
             self._round()
         return self.tokens_bl
 
-    def likeliest(self, calls: int, of: int) -> tuple[Tensor, Tensor]:
+    def likeliest(self, confidence_bl: Tensor, calls: int, of: int) -> tuple[Tensor, Tensor]:
         """All targets [b, l] but the least likely of a row, whose share is 1 - calls / of; and u_0 of all tokens."""
         rows = self.all_rows
-        confidence_bl = self.confidence_bl.masked_fill(~rows.target_bl, torch.inf)
+        confidence_bl = confidence_bl.masked_fill(~rows.target_bl, torch.inf)
         rank_bl = confidence_bl.argsort(dim=1, stable=True).argsort(dim=1)
         others_b = rows.target_bl.sum(dim=1) * (of - calls) // of
         u_0 = rows.reader.embedding_vz[self.tokens_bl.clamp(min=0)] - rows.model.m_z

@@ -42,7 +42,9 @@ class ModelConfig:
         noise_schedule: Name of the schedule.
         num_timesteps: T of the schedule.
         noise_factor: How many times as strong as the schedule's name says the noise is.
+        min_signal: Least alpha of the schedule; 0 for the whole of it.
         gamma: Share of target tokens replaced by the absorbing state at t = T; 0 without one.
+        absorbing_schedule: How that share grows; see `mdseq/diffusion/absorbing.py`.
         estimate: What the denoiser's output is; see `mdseq/diffusion/estimates.py`.
         condition_dropout: Share of the training documents that lost their source: above 0, sampling can be guided.
         document_kind: What a source is: the text to continue, or one side of a pair.
@@ -55,7 +57,9 @@ class ModelConfig:
     noise_schedule: str
     num_timesteps: int
     noise_factor: float
+    min_signal: float
     gamma: float
+    absorbing_schedule: Literal["sigma", "uniform"]
     estimate: Literal["output", "softmax", "posterior"]
     condition_dropout: float
     document_kind: Literal["text", "pair"]

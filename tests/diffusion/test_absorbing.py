@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mdseq.diffusion.absorbing import AbsorbingState, corrupt
+from mdseq.diffusion.absorbing import AbsorbingSchedule, AbsorbingState, Absorption, corrupt
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.noise import NoiseKey, Purpose
 from tests.diffusion.batches import make_batch, tiny_objective
@@ -88,6 +88,38 @@ def test_the_objective_replaces_at_this_rate_and_only_with_an_absorbing_state() 
         _, sigma = objective.schedule.alpha_sigma((time[:, -1] * 20 / 1000).round().long())
         assert not absorbed[:, :4].any()
         assert absorbed.sum() / (60 * 60) == pytest.approx(expected * sigma.mean().item(), abs=0.03)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.6])
+def test_uniform_shares_are_the_documents_own_whatever_t_is(gamma: float) -> None:
+    """Each document loses a share of its targets drawn from (0, gamma]; its tokens are lost independently."""
+    target = 200
+    batch = make_batch([[(4, target), (2, target)]] * 400, row_length=2 * target + 6)
+    objective = tiny_objective(
+        "diffusion.timestep_sampling=uniform", "diffusion.absorbing_schedule=uniform", f"diffusion.gamma={gamma}"
+    )
+    received = []
+    objective.denoiser.register_forward_pre_hook(lambda _, args: received.append(args))
+    objective(batch)
+    z_t, time = received[0][:2]
+    absorbed_bl = (z_t == objective.absorbing()).all(dim=-1)
+    assert not absorbed_bl[~batch.target_bl].any()
+    lost_n = absorbed_bl[batch.target_bl].view(800, target).double()
+    share_n = NoiseKey(0, batch.step, batch.row_b).uniform(Purpose.SHARE, 2).flatten().double() * gamma
+    error_n = (lost_n.mean(dim=1) - share_n) / (share_n * (1 - share_n) / target).sqrt().clamp(min=1 / target)
+    assert error_n.abs().max() < 5
+    assert error_n.square().mean().item() == pytest.approx(1, abs=0.2)
+    ordered_n = share_n.sort().values / gamma
+    assert (ordered_n - torch.linspace(0, 1, 800)).abs().max() < 1.63 / 800**0.5  # Kolmogorov-Smirnov, 1 %
+    time_n = time[batch.target_bl].view(800, target)[:, 0].double()
+    assert torch.corrcoef(torch.stack([time_n, share_n]))[0, 1].abs() < 4 / 800**0.5
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("sigma", 0.5 * 0.9), ("uniform", 0.5 * 0.2)])
+def test_on_the_way_from_noise_the_share_falls_with_sigma_or_evenly(
+    schedule: AbsorbingSchedule, expected: float
+) -> None:
+    assert Absorption(0.5, schedule).probability(0.2, 0.9) == pytest.approx(expected)
 
 
 def test_the_vector_is_learned_or_zero() -> None:

@@ -16,6 +16,7 @@ from tests.diffusion.batches import ANCHOR, PACKED, POSTERIOR, SQUARED_ERROR, ma
 MANY = [[(2, 3)] * 8] * 100
 T = 20
 LAST_TIME = 1000 * (T - 1) / T
+NO_TIME = 2000  # no target is ever told so
 EVENLY = ["diffusion.timestep_sampling=uniform", "experts.num_experts=0", "model.num_layers=1"]
 
 
@@ -172,14 +173,14 @@ def test_the_routers_are_counted_once() -> None:
     assert z_of[0] != z_of[1]
 
 
-def test_a_dropped_source_is_m_at_the_last_timestep() -> None:
-    """Targets, padding and all draws are as they were."""
+def test_a_dropped_source_is_m_without_a_time() -> None:
+    """Not an absorbed target's, whatever t; targets, padding and all draws are as they were."""
     batch = make_batch(PACKED)
     source_bl = batch.documents().real_bl & ~batch.target_bl
     objective = tiny_objective("diffusion.condition_dropout=1.0")
     (dropped,), (kept,) = calls_of(objective, batch), calls_of(tiny_objective(), batch)
     assert (dropped.z_blz[source_bl] == objective.absorbing()).all()
-    assert (dropped.time_bl[source_bl] == LAST_TIME).all()
+    assert (dropped.time_bl[source_bl] == NO_TIME).all()
     assert (kept.time_bl[source_bl] == 0).all()
     assert torch.equal(dropped.z_blz[~source_bl], kept.z_blz[~source_bl])
     assert torch.equal(dropped.time_bl[~source_bl], kept.time_bl[~source_bl])
@@ -208,7 +209,7 @@ def test_the_share_of_documents_that_lose_their_source() -> None:
             here = source_bl[b] & (batch.document_bl[b] == document)
             lost = bool(lost_bl[b][here].all())
             count += lost
-            assert (call.time_bl[b][here] == (LAST_TIME if lost else 0)).all()
+            assert (call.time_bl[b][here] == (NO_TIME if lost else 0)).all()
             assert lost or torch.equal(call.z_blz[b][here], words[b][here])
     assert count / 800 == pytest.approx(0.4, abs=4 * (0.24 / 800) ** 0.5)
 
@@ -219,7 +220,7 @@ def test_the_share_of_source_tokens_that_are_lost() -> None:
     objective = tiny_objective("diffusion.source_dropout=0.3", *EVENLY)
     (call,), (kept,) = calls_of(objective, batch), calls_of(tiny_objective(*EVENLY), batch)
     source_bl = batch.documents().real_bl & ~batch.target_bl
-    lost_bl = source_bl & (call.time_bl == LAST_TIME)
+    lost_bl = source_bl & (call.time_bl == NO_TIME)
     assert (call.z_blz[lost_bl] == objective.absorbing()).all()
     assert torch.equal(call.z_blz[~lost_bl], kept.z_blz[~lost_bl])
     assert torch.equal(call.time_bl[~lost_bl], kept.time_bl[~lost_bl])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.denoising import DiffusionModel, GivenRows, Prediction
 from mdseq.diffusion.estimates import READINGS, Reader, Reading
 from mdseq.diffusion.schedule import NoiseSchedule
@@ -37,7 +38,8 @@ def denoiser_of(*overrides: str) -> Denoiser:
 
 def model_of(*overrides: str, reading: Reading = "output") -> DiffusionModel:
     denoiser = denoiser_of("diffusion.self_conditioning=0", *overrides)
-    return DiffusionModel(denoiser, torch.linspace(-1, 1, DIM), NoiseSchedule("sqrt", T), 0.5, reading)
+    absorption = Absorption(0.5)
+    return DiffusionModel(denoiser, torch.linspace(-1, 1, DIM), NoiseSchedule("sqrt", T), absorption, reading)
 
 
 def some_rows() -> tuple[Tensor, Tensor, Documents]:
@@ -124,7 +126,7 @@ def test_the_output_is_guided_then_read_at_the_time_of_its_row(reading: Reading,
 
 
 def test_without_source_nothing_is_known_of_it() -> None:
-    """Not even the tokens' embeddings; m at the last timestep stands there."""
+    """Not even the tokens' embeddings; m stands there, of which the denoiser is told no time."""
     model = model_of()
     tokens_bl, target_bl, documents = some_rows()
     shown = Shown(model.denoiser)
@@ -133,7 +135,7 @@ def test_without_source_nothing_is_known_of_it() -> None:
     (seen_blz, time_bl, _, _), again = shown.calls
     assert torch.equal(seen_blz, again[0])
     assert (seen_blz[~target_bl] == model.m_z).all()
-    assert (time_bl[~target_bl] == 1000 * (T - 1) / T).all()
+    assert (time_bl[~target_bl] == 2000).all()
     assert torch.equal(seen_blz[target_bl], noise()[target_bl])
 
 
@@ -182,12 +184,14 @@ def test_rows_can_be_taken_out(reading: Reading, index: list[int]) -> None:
 def test_a_saved_model_has_the_process_it_was_trained_on() -> None:
     denoiser, m_z = denoiser_of(), torch.ones(DIM)
     config = ModelConfig(
-        denoiser=denoiser.config, noise_schedule="cosine", num_timesteps=30, gamma=0.3, document_kind="text",
-        row_length=LENGTH, step=1, noise_factor=2.0, estimate="posterior", condition_dropout=0.0, lengths={},
+        denoiser=denoiser.config, noise_schedule="cosine", num_timesteps=30, gamma=0.3, absorbing_schedule="uniform",
+        document_kind="text", row_length=LENGTH, step=1, noise_factor=2.0, min_signal=0.1, estimate="posterior",
+        condition_dropout=0.0, lengths={},
     )  # fmt: skip
     model = DiffusionModel.of(SavedModel(config, denoiser, m_z, Path("tokenizer.model")))
     assert model.denoiser is denoiser
     assert torch.equal(model.m_z, m_z)
-    assert (model.schedule.name, model.schedule.num_timesteps, model.gamma) == ("cosine", 30, 0.3)
-    assert torch.equal(model.schedule.log_snr_t, NoiseSchedule("cosine", 30, noise_factor=2.0).log_snr_t)
+    assert (model.schedule.name, model.schedule.num_timesteps) == ("cosine", 30)
+    assert model.absorption == Absorption(0.3, "uniform")
+    assert torch.equal(model.schedule.log_snr_t, NoiseSchedule("cosine", 30, 2.0, 0.1).log_snr_t)
     assert model.reading == "posterior"

@@ -39,6 +39,13 @@ TARGET_OBJECTIVES = {
     "self-conditioning": [*ANCHOR, "diffusion.self_conditioning=1.0"],
     "condition dropout": [*ANCHOR, "diffusion.condition_dropout=0.5"],
     "source dropout": [*ANCHOR, "diffusion.source_dropout=0.5"],
+    "uniform shares": [*POSTERIOR, "diffusion.absorbing_schedule=uniform", "diffusion.gamma=0.8"],
+    "uniform shares, no absorbing state": [
+        *POSTERIOR,
+        "diffusion.absorbing_schedule=uniform",
+        "diffusion.absorbing=false",
+    ],
+    "some signal is left": [*POSTERIOR, "diffusion.min_signal=0.5"],
     "everything": EVERYTHING,
 }
 

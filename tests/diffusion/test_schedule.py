@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdseq.diffusion.schedule import NOISE_SCHEDULES, NoiseSchedule, alpha_sigma_of
+from mdseq.errors import UserError
 
 
 def betas_for_alpha_bar(num_timesteps: int, alpha_bar: Callable[[float], float]) -> np.ndarray:
@@ -127,6 +128,27 @@ def test_a_log_snr_comes_back_from_its_timestep(name: str, share: float, factor:
     schedule = NoiseSchedule(name, 50, factor)
     log_snr = torch.lerp(schedule.log_snr_t[0], schedule.log_snr_t[-1], share)
     assert schedule.log_snr(schedule.timestep_of(log_snr)).item() == pytest.approx(log_snr.item(), abs=1e-11)
+
+
+@given(names, st.sampled_from(FACTORS), st.floats(0.01, 0.6))
+def test_some_signal_is_left_by_the_part_of_the_schedule_that_has_more(name: str, factor: float, share: float) -> None:
+    whole = NoiseSchedule(name, 50, factor)
+    min_signal = whole.alpha_bar_t[0].sqrt().item() * (1 - share)
+    schedule = NoiseSchedule(name, 50, factor, min_signal)
+    alpha, _ = alpha_sigma_of(schedule.log_snr_t)
+    if alpha_sigma_of(whole.log_snr_t[-1])[0] >= min_signal:
+        torch.testing.assert_close(schedule.log_snr_t, whole.log_snr_t, rtol=1e-12, atol=1e-12)
+        return
+    assert schedule.log_snr_t[0] == whole.log_snr_t[0]
+    assert alpha[-1].item() == pytest.approx(min_signal, rel=1e-9)
+    step_t = whole.timestep_of(schedule.log_snr_t).diff()
+    torch.testing.assert_close(step_t, step_t.mean().expand(49), rtol=1e-6, atol=1e-9)
+    assert torch.equal(schedule.log_snr(torch.arange(50)), schedule.log_snr_t)
+
+
+def test_more_signal_than_there_is_cannot_be_left() -> None:
+    with pytest.raises(UserError, match=r"min_signal = 0\.9 is more.* leaves 0\.899; give less"):
+        NoiseSchedule("sqrt", 2000, 4.0, 0.9)
 
 
 @every_schedule

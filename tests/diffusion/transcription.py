@@ -58,6 +58,7 @@ class Transcription(ABC):
         self.bias = objective.denoiser.head.bias.detach().double().numpy()
         self.m = objective.absorbing().detach().double().numpy()
         self.gamma = self.spec.gamma if self.spec.absorbing else 0.0
+        self.uniform_shares = self.spec.absorbing_schedule == "uniform"
         self.f = f_blz.double().numpy()
 
         # DiffuSeq's "sqrt" schedule; the noise so many times as strong, then all of it scaled to the old variance.
@@ -65,12 +66,19 @@ class Transcription(ABC):
         abar = np.cumprod(1 - np.minimum(1 - signal[1:] / signal[:-1], 0.999))
         noise = self.spec.noise_factor**2 * (1 - abar)
         self.abar = abar / (abar + noise)
+        if self.spec.min_signal:  # as far as the signal has fallen to that, at equal steps in t
+            log_snr = np.log(self.abar / (1 - self.abar)) / 2
+            least = np.log(self.spec.min_signal**2 / (1 - self.spec.min_signal**2)) / 2
+            end = np.interp(-least, -log_snr, np.arange(self.T))
+            log_snr = np.interp(np.linspace(0, end, self.T), np.arange(self.T), log_snr)
+            self.abar = 1 / (1 + np.exp(-2 * log_snr))
 
         key = NoiseKey(objective.spec.seed, batch.step, batch.row_b)
         length, dim = batch.tokens_bl.shape[1], self.embedding.shape[1]
         self.embedding_noise = key.normal(Purpose.EMBEDDING, length, dim).double().numpy()
         self.epsilon = key.normal(Purpose.DIFFUSION, length, dim).double().numpy()
         self.uniform = key.uniform(Purpose.ABSORBING, length).double().numpy()
+        self.share = key.uniform(Purpose.SHARE, batch.num_documents).double().numpy()
         self.dropped = key.uniform(Purpose.CONDITION, batch.num_documents).numpy() <= self.spec.condition_dropout
         self.token_dropped = key.uniform(Purpose.SOURCE, length).numpy() <= self.spec.source_dropout
         self.tokens, self.target = batch.tokens_bl.numpy(), batch.target_bl.numpy()
@@ -111,7 +119,9 @@ class Transcription(ABC):
         return self.m if self.replaced(b, i) else z_t, t * 1000 / self.T
 
     def replaced(self, b: int, i: int) -> bool:
-        return bool(self.uniform[b, i] <= self.gamma * self.alpha_sigma(self.t[b, self.owner(b, i)])[1])
+        owner = self.owner(b, i)
+        share = self.share[b, owner] if self.uniform_shares else self.alpha_sigma(self.t[b, owner])[1]
+        return bool(self.uniform[b, i] <= self.gamma * share)
 
     def owner(self, b: int, i: int) -> int:
         """Padding goes with the row's first document."""
@@ -163,7 +173,7 @@ class Target(Transcription):
         word, token, owner = self.embedding[self.tokens[b, i]], self.tokens[b, i], self.owner(b, i)
         if not self.target[b, i]:
             dropped = self.document[b, i] >= 0 and (self.dropped[b, owner] or self.token_dropped[b, i])
-            return Position(self.m, (self.T - 1) * 1000 / self.T, 0, {}) if dropped else Position(word, 0.0, 0, {})
+            return Position(self.m, 2000.0, 0, {}) if dropped else Position(word, 0.0, 0, {})
         z_t, time = self.noised(b, i, word)
         alpha, sigma = self.alpha_sigma(self.t[b, owner])
         strength = min(alpha**2 / sigma**2, self.spec.snr_cap) if self.spec.snr_cap else 1.0

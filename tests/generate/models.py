@@ -10,6 +10,7 @@ from mdseq.data.corpus import Corpus
 from mdseq.data.format import Kind
 from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import Reading
 from mdseq.diffusion.schedule import NoiseSchedule
@@ -36,7 +37,7 @@ def tiny_denoiser(vocab_size: int) -> Denoiser:
 
 def tiny_model(vocab_size: int, reading: Reading = "output") -> DiffusionModel:
     m_z, schedule = torch.full((8,), 0.5), NoiseSchedule("sqrt", NUM_TIMESTEPS)
-    return DiffusionModel(tiny_denoiser(vocab_size), m_z, schedule, GAMMA, reading)
+    return DiffusionModel(tiny_denoiser(vocab_size), m_z, schedule, Absorption(GAMMA), reading)
 
 
 def tiny_generator(
@@ -56,12 +57,14 @@ def save_tiny_model(
         noise_schedule="sqrt",
         num_timesteps=NUM_TIMESTEPS,
         gamma=GAMMA,
+        absorbing_schedule="sigma",
         document_kind=corpus.manifest.kind,
         row_length=ROW_LENGTH,
         step=step,
         condition_dropout=condition_dropout,
         lengths=LengthTable.of(corpus).to_dict(),
         noise_factor=1.0,
+        min_signal=0.0,
         estimate=reading,
     )
     weights = {f"denoiser.{name}": weight for name, weight in model.denoiser.state_dict().items()}

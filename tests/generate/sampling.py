@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mdseq.data.tokenizer import SpecialToken
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import READINGS
 from mdseq.diffusion.schedule import NoiseSchedule
@@ -60,7 +61,7 @@ def model_of(*overrides: str) -> DiffusionModel:
         denoiser.embedding.weight.mul_(2)
         denoiser.output[-1].weight.mul_(100)  # nothing is learned, but something is said
         denoiser.head.bias.copy_(-denoiser.embedding.weight.square().sum(dim=1) / 2)  # the likeliest is the nearest
-    return DiffusionModel(denoiser, M, SCHEDULE, gamma=0.5, reading="output")
+    return DiffusionModel(denoiser, M, SCHEDULE, Absorption(0.5), reading="output")
 
 
 def unsure(model: DiffusionModel) -> DiffusionModel:

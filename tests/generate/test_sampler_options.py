@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mdseq.diffusion.absorbing import AbsorbingSchedule, Absorption
 from mdseq.diffusion.denoising import DiffusionModel
 from mdseq.diffusion.estimates import READINGS, Reading
 from mdseq.diffusion.time_grids import TIME_GRIDS, time_grid
@@ -23,6 +24,7 @@ from tests.generate.sampling import (
     SCHEDULE,
     M,
     Shown,
+    T,
     every_reading,
     every_solver,
     generate,
@@ -115,10 +117,14 @@ def test_temperature_scales_the_noise_of_every_step(
     assert torch.equal(generate(model, solver=solver).tokens_bl, expected)
 
 
+@pytest.mark.parametrize("schedule", ["sigma", "uniform"])
 @pytest.mark.parametrize("solver", REVERSE_SOLVERS)
-def test_absorbed_targets_are_m_at_their_steps_end(model: DiffusionModel, solver: str) -> None:
-    """With probability gamma * sigma, by noise of its own; but not where the last step has ended."""
+def test_absorbed_targets_are_m_at_their_steps_end(
+    model: DiffusionModel, solver: str, schedule: AbsorbingSchedule
+) -> None:
+    """With probability gamma * sigma or gamma * t / (T - 1), by noise of its own; but not where the last step ended."""
     rows = [0, 1, 2]
+    model = replace(model, absorption=Absorption(0.5, schedule))
     _, target_bl, _ = (x[rows] for x in some_rows())
     with Shown(model) as shown:
         generate(model, rows, solver=solver, absorb=True, seed=11)
@@ -127,14 +133,15 @@ def test_absorbed_targets_are_m_at_their_steps_end(model: DiffusionModel, solver
     for i, (level, (z_blz, _, _, _)) in enumerate(zip(levels, shown.calls, strict=True)):
         is_m_bl = (z_blz == M).all(dim=-1) & target_bl
         uniform_bl = NoiseKey(11, i, torch.tensor(rows)).uniform(Purpose.RESAMPLING, LENGTH)
-        expected_bl = (uniform_bl <= model.gamma * level.sigma) & target_bl
+        share = level.sigma if schedule == "sigma" else level.timestep / (T - 1)
+        expected_bl = (uniform_bl <= 0.5 * share) & target_bl
         if i in (0, 5, *inside_a_step):
             expected_bl = torch.zeros_like(expected_bl)
         assert torch.equal(is_m_bl, expected_bl)
 
 
 def test_nothing_is_absorbed_without_an_absorbing_state(model: DiffusionModel) -> None:
-    plain = replace(model, gamma=0.0)
+    plain = replace(model, absorption=replace(model.absorption, gamma=0.0))
     assert torch.equal(generate(plain, absorb=True).tokens_bl, generate(plain).tokens_bl)
 
 

@@ -58,7 +58,7 @@ def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> lis
         time_bl = torch.where(target_bl, t * 1000 / T, 0.0)
         f = denoiser(torch.where(source_bl1, denoiser.embed(tokens_bl), z), time_bl, documents, earlier)
         if options.guidance != 1:
-            time_bl = torch.where(target_bl, t * 1000 / T, (T - 1) * 1000 / T)
+            time_bl = torch.where(target_bl, t * 1000 / T, 2000.0)
             free = denoiser(torch.where(source_bl1, M, z), time_bl, documents, earlier)
             f = (1 - options.guidance) * free + options.guidance * f
         x, logits = slow_read(model, f, z, t)
@@ -85,7 +85,7 @@ def slow_sample(model: DiffusionModel, row: int, options: SamplerOptions) -> lis
             deviation = (1 - ratio) ** 0.5 * sigma[i + 1] / sigma[i]
             z = M + mean + deviation * options.temperature * key(i + 1).normal(Purpose.SAMPLING, LENGTH, DIM)
         if options.absorb and i + 2 < len(grid):
-            absorbed = key(i + 1).uniform(Purpose.RESAMPLING, LENGTH) <= model.gamma * sigma[i + 1]
+            absorbed = key(i + 1).uniform(Purpose.RESAMPLING, LENGTH) <= model.absorption.gamma * sigma[i + 1]
             z = torch.where(absorbed[..., None], M, z)
     raise AssertionError("the loop returns at the last call")
 

@@ -35,11 +35,13 @@ def config_of(objective: DiffusionObjective) -> ModelConfig:
         noise_schedule="cosine",
         num_timesteps=2000,
         gamma=0.25,
+        absorbing_schedule="uniform",
         document_kind="text",
         row_length=64,
         step=7,
         condition_dropout=0.1,
         noise_factor=2.5,
+        min_signal=0.25,
         estimate="posterior",
         lengths={"kind": "text", "sources_k": [0.0], "quantiles_kq": [[1.0, 2.5, 9.0]]},
     )

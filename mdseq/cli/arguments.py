@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 # What a denoiser's output may be taken for (mdseq/diffusion/estimates.py, which would load torch).
 ESTIMATES = ("output", "softmax", "posterior")
+PROCESSES = ("noise", "absorbing")
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdseq.cli.arguments import ESTIMATES, at_least, seed
+from mdseq.cli.arguments import ESTIMATES, PROCESSES, at_least, seed
 from mdseq.cli.progress import progress
 from mdseq.cli.results import require_writable
 from mdseq.errors import UserError
@@ -45,6 +45,12 @@ def add_command(commands: Any) -> None:
         choices=ESTIMATES,
         help="what the denoiser's output is taken for, see docs/likelihood.md; default: what it was trained as",
     )
+    command.add_argument(
+        "--process",
+        choices=PROCESSES,
+        help="what takes the targets away, see docs/likelihood.md; default: absorbing for a model trained with "
+        "diffusion.gamma=1 and diffusion.absorbing_schedule=uniform, noise for others",
+    )
     command.add_argument("--batch_size", type=at_least(1), default=8, metavar="N", help="rows at a time; default 8")
     command.add_argument("--seed", type=seed, default=0, metavar="N", help="default 0")
     command.add_argument("--output", type=Path, metavar="JSON", help="write the numbers there too")
@@ -60,7 +66,9 @@ def likelihood(options: argparse.Namespace) -> None:
     from mdseq.evaluate.likelihood import LikelihoodOptions, Scorer
 
     saved = load_run(options.run)
-    how = LikelihoodOptions(options.documents, options.estimate, options.samples, options.batch_size, options.seed)
+    how = LikelihoodOptions(
+        options.documents, options.estimate, options.process, options.samples, options.batch_size, options.seed
+    )
     scorer = Scorer.of(saved, options.data, options.split, how)
     with progress("rows", 0, len(scorer.rows), beside_text=False) as advance:
         found = scorer.score(advance)
@@ -84,11 +92,10 @@ def _table(title: str, found: Likelihood) -> Table:
     from rich.table import Table
 
     table = Table("at most", "", "standard error", title=title, title_justify="left")
+    terms = [("  prior", found.prior), ("  reconstruction", found.reconstruction), ("  denoising", found.denoising)]
     for name, measure in (
         ("nats per token", found.nats_per_token),
-        ("  prior", found.prior),
-        ("  reconstruction", found.reconstruction),
-        ("  denoising", found.denoising),
+        *(terms if found.process == "noise" else []),
         ("bits per byte", found.bits_per_byte),
         ("perplexity", found.perplexity),
     ):

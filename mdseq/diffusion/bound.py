@@ -86,6 +86,10 @@ class RowDraws:
         """The `index`-th standard normal draw of the pass, of the shape of `like_blz`."""
         return self._key(1 + index, self.row_b).normal(Purpose.LIKELIHOOD, *like_blz.shape[1:])
 
+    def uniform(self, index: int, length: int) -> Tensor:
+        """The `index`-th uniform draw of the pass, [b, length] in (0, 1]."""
+        return self._key(1 + index, self.row_b).uniform(Purpose.ORDER, length)
+
     def _key(self, index: int, row_b: Tensor) -> NoiseKey:
         assert index < 2**16
         assert self.pass_index < 2**15

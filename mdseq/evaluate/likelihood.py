@@ -1,7 +1,7 @@
 """How likely a model finds a dataset: an upper bound on nats per token, bits per byte and perplexity.
 
-The bound is that of `mdseq/diffusion/bound.py`, summed over the targets of every document; docs/likelihood.md says how
-to read it.
+The bound is that of `mdseq/diffusion/bound.py` or `mdseq/diffusion/orders.py`, summed over the targets of every
+document; docs/likelihood.md says how to read it.
 
 Shapes: b rows of a batch, l length, z embedding dimension, n tokens, d documents, t terms of the bound.
 """
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.bound import DiffusedRows, LevelDensity, RowDraws, bound_terms, observe_levels
 from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.estimates import Reading, evidence, with_square
+from mdseq.diffusion.orders import absorbing_bound
 from mdseq.diffusion.rounding import cross_entropy
 from mdseq.errors import UserError
 from mdseq.evaluate.rows import ScoredRows
@@ -36,6 +37,9 @@ PILOT_ROWS = 8
 PILOT_LEVELS = 64
 NUM_INTERVALS = 32
 
+Process = Literal["noise", "absorbing"]
+PROCESSES: tuple[Process, ...] = get_args(Process)
+
 _PILOT_PASS, _ESTIMATE_PASS = 0, 1
 
 
@@ -46,13 +50,17 @@ class LikelihoodOptions:
     Attributes:
         num_documents: Documents to score, spread evenly over the split; None for all.
         reading: What the denoiser's output is taken for, see `mdseq/diffusion/estimates.py`; None for what samplers do.
-        num_levels: Denoiser calls for each row, each at another level of noise (twice as many with self-conditioning).
+        process: What takes the targets away: noise on their embeddings, or their being absorbed in some order; None for
+            what `DiffusionModel.absorbs` says.
+        num_levels: Denoiser calls for each row (twice as many with self-conditioning), each at another level of noise,
+            or with another number of tokens absorbed.
         batch_size: Rows at a time; changes nothing but speed.
         seed: Key of all noise, below 2**32.
     """
 
     num_documents: int | None = None
     reading: Reading | None = None
+    process: Process | None = None
     num_levels: int = 16
     batch_size: int = 8
     seed: int = 0
@@ -72,15 +80,17 @@ class Likelihood:
 
     Attributes:
         documents, tokens, text_bytes: What was scored: tokens of the targets, and the UTF-8 text that they decode to.
+        process: What takes the targets away.
         nats_per_token: The bound; its three terms are below.
         bits_per_byte: The same bits for each byte of text, so that it compares between vocabularies.
         perplexity: e to the nats per token.
-        prior, reconstruction, denoising: Nats per token of each term.
+        prior, reconstruction, denoising: Nats per token of each term; of the process "absorbing", the last alone.
     """
 
     documents: int
     tokens: int
     text_bytes: int
+    process: Process
     nats_per_token: Measure
     bits_per_byte: Measure
     perplexity: Measure
@@ -89,7 +99,7 @@ class Likelihood:
     denoising: Measure
 
     @classmethod
-    def of(cls, nats_dt: np.ndarray, tokens_d: np.ndarray, bytes_d: np.ndarray) -> Likelihood:
+    def of(cls, process: Process, nats_dt: np.ndarray, tokens_d: np.ndarray, bytes_d: np.ndarray) -> Likelihood:
         """From the terms (prior, reconstruction, denoising), the target tokens and the bytes of each document."""
         nats_d = nats_dt.sum(axis=1)
         nats_per_token = ratio_of_sums(nats_d, tokens_d)
@@ -100,6 +110,7 @@ class Likelihood:
             documents=len(tokens_d),
             tokens=int(tokens_d.sum()),
             text_bytes=int(bytes_d.sum()),
+            process=process,
             nats_per_token=nats_per_token,
             bits_per_byte=ratio_of_sums(nats_d / math.log(2), bytes_d),
             perplexity=Measure(perplexity, None if error is None else perplexity * error),
@@ -165,27 +176,45 @@ class Scorer:
         documents = _spread(options.num_documents, corpus.num_documents)
         rows = ScoredRows.of(corpus, documents, saved.config.row_length)
         model = DiffusionModel.of(saved)
+        if options.process == "absorbing" and not model.absorption.gamma:
+            raise UserError(
+                "the process absorbing needs a model with an absorbing state, and this one has none; take the process "
+                "noise, or train with diffusion.absorbing = true and a diffusion.gamma above 0"
+            )
         return cls(replace(model, reading=options.reading or model.reading), tokenizer, corpus, rows, options)
+
+    @property
+    def process(self) -> Process:
+        """What takes the targets away."""
+        return self.options.process or ("absorbing" if self.model.absorbs else "noise")
 
     @torch.no_grad()
     def score(self, advance: Callable[[], None] = lambda: None) -> Likelihood:
         """Score the documents; `advance` is called for every row that is done."""
-        density = self._fitted_density()
+        density = self._fitted_density() if self.process == "noise" else None
         num_documents = int(self.rows.document.max()) + 1
         nats_dt = np.zeros((num_documents, 3))
         tokens_d, bytes_d = np.zeros((2, num_documents), dtype=np.int64)
         for batch in self.rows.batches(self.options.batch_size):
             tokens_bl, target_bl = self._tokens(batch)
-            draws = self._draws(batch, _ESTIMATE_PASS)
-            terms = bound_terms(self._diffused(tokens_bl, target_bl, batch), draws, density, self.options.num_levels)
-            nats_bt = torch.stack([terms.prior_b, terms.reconstruction_b, terms.denoising_b], dim=1)
+            nats_bt = self._terms(tokens_bl, target_bl, batch, density)
             np.add.at(nats_dt, batch.document, nats_bt.cpu().numpy())
             np.add.at(tokens_d, batch.document, target_bl.sum(dim=1).numpy())
             bytes_bl = self.tokenizer.text_bytes[tokens_bl.numpy()] * target_bl.numpy()
             np.add.at(bytes_d, batch.document, bytes_bl.sum(axis=1))
             for _ in range(len(batch)):
                 advance()
-        return Likelihood.of(nats_dt, tokens_d, bytes_d)
+        return Likelihood.of(self.process, nats_dt, tokens_d, bytes_d)
+
+    def _terms(self, tokens_bl: Tensor, target_bl: Tensor, rows: ScoredRows, density: LevelDensity | None) -> Tensor:
+        """Prior, reconstruction and denoising of each row, float64 [b, t]."""
+        draws, num_levels = self._draws(rows, _ESTIMATE_PASS), self.options.num_levels
+        if density is None:
+            given, on_device_bl = self._given(tokens_bl, target_bl, rows)
+            nats_b = absorbing_bound(given, on_device_bl, draws, num_levels)
+            return torch.stack([torch.zeros_like(nats_b), torch.zeros_like(nats_b), nats_b], dim=1)
+        terms = bound_terms(self._diffused(tokens_bl, target_bl, rows), draws, density, num_levels)
+        return torch.stack([terms.prior_b, terms.reconstruction_b, terms.denoising_b], dim=1)
 
     def _fitted_density(self) -> LevelDensity:
         """Where levels are drawn: by what some rows, spread evenly, show with noise of their own."""
@@ -215,13 +244,18 @@ class Scorer:
         return torch.from_numpy(tokens_bl), torch.from_numpy(target_bl)
 
     def _diffused(self, tokens_bl: Tensor, target_bl: Tensor, rows: ScoredRows) -> DiffusedRows:
+        return diffused_rows(*self._given(tokens_bl, target_bl, rows))
+
+    def _given(self, tokens_bl: Tensor, target_bl: Tensor, rows: ScoredRows) -> tuple[GivenRows, Tensor]:
+        """The rows and their tokens, where the model is."""
         device = self.model.m_z.device
         length_b = torch.from_numpy(rows.length).to(device)
         source_length_b = None
         if self.corpus.manifest.kind == "pair":
             source_length_b = torch.from_numpy(rows.source_length).to(device)
         documents = Documents.whole(length_b, tokens_bl.shape[1], source_length_b)
-        return diffused_rows(self.model, tokens_bl.to(device), target_bl.to(device), documents)
+        tokens_bl = tokens_bl.to(device)
+        return GivenRows.of(self.model, tokens_bl, target_bl.to(device), documents), tokens_bl
 
     def _draws(self, rows: ScoredRows, pass_index: int) -> RowDraws:
         row_b, document_b, part_b = (
@@ -236,9 +270,9 @@ def _spread(wanted: int | None, count: int) -> np.ndarray:
     return np.arange(wanted) * count // wanted
 
 
-def diffused_rows(model: DiffusionModel, tokens_bl: Tensor, target_bl: Tensor, documents: Documents) -> DiffusedRows:
-    """Rows as the bound takes them, the embeddings that are not targets given."""
-    given = GivenRows.of(model, tokens_bl, target_bl, documents)
+def diffused_rows(given: GivenRows, tokens_bl: Tensor) -> DiffusedRows:
+    """Rows as the bound of noise takes them."""
+    model, target_bl = given.model, given.target_bl
     schedule, m_z = model.schedule, model.m_z
     noisiest, cleanest = schedule.log_snr_t[-1].item(), schedule.log_snr_t[0].item()
     even = Vocabulary(given.reader.embedding_vz, torch.zeros_like(given.reader.embedding_vz[:, 0]))

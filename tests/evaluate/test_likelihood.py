@@ -20,13 +20,22 @@ from torch import Tensor
 from mdseq.cli import evaluate
 from mdseq.data.corpus import Corpus
 from mdseq.data.tokenizer import Tokenizer
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.bound import DiffusedRows, LevelDensity, RowDraws, bound_terms
-from mdseq.diffusion.denoising import DiffusionModel
+from mdseq.diffusion.denoising import DiffusionModel, GivenRows
 from mdseq.diffusion.estimates import READINGS, Reader, Reading
 from mdseq.diffusion.schedule import NoiseSchedule, alpha_sigma_of
 from mdseq.errors import UserError
 from mdseq.evaluate import likelihood
-from mdseq.evaluate.likelihood import Likelihood, LikelihoodOptions, Scorer, diffused_rows, ratio_of_sums
+from mdseq.evaluate.likelihood import (
+    PROCESSES,
+    Likelihood,
+    LikelihoodOptions,
+    Process,
+    Scorer,
+    diffused_rows,
+    ratio_of_sums,
+)
 from mdseq.evaluate.rows import ScoredRows
 from mdseq.model.denoiser import Denoiser, DenoiserConfig, Vocabulary
 from mdseq.model.saved import ModelConfig, SavedModel, load_model, save_model
@@ -51,7 +60,8 @@ def saved_model(folder: Path, data: Path, kind: str, *overrides: str, reading: R
     denoiser = Denoiser(config)
     weights = [(f"denoiser.{name}", weight) for name, weight in denoiser.named_parameters()]
     model = ModelConfig(
-        denoiser=config, noise_schedule="sqrt", num_timesteps=100, gamma=0.5, document_kind=kind,
+        denoiser=config, noise_schedule="sqrt", num_timesteps=100, gamma=0.5, absorbing_schedule="sigma",
+        min_signal=0.0, document_kind=kind,
         row_length=ROW_LENGTH, step=7, estimate=reading, noise_factor=1.0, condition_dropout=0.0, lengths={},
     )  # fmt: skip
     save_model(folder, model, [*weights, ("absorbing.m", torch.full((8,), 0.3))], data / "tokenizer.model")
@@ -168,10 +178,11 @@ def test_the_best_denoiser_of_even_tokens_reaches_their_entropy(reading: Reading
     generator = torch.Generator().manual_seed(0)
     centred_vz = length * torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=-1)
     m_z, schedule = torch.full((16,), 0.4), NoiseSchedule("sqrt", 500)
-    model = DiffusionModel(BestDenoiser(reading, centred_vz, m_z, schedule), m_z, schedule, 0.5, reading)
+    model = DiffusionModel(BestDenoiser(reading, centred_vz, m_z, schedule), m_z, schedule, Absorption(0.5), reading)
     tokens_bl = torch.randint(40, (256, 20), generator=generator)
     target_bl = torch.arange(20).expand(256, -1) >= 4
-    rows = diffused_rows(model, tokens_bl, target_bl, Documents.whole(torch.full((256,), 20), 20))
+    documents = Documents.whole(torch.full((256,), 20), 20)
+    rows = diffused_rows(GivenRows.of(model, tokens_bl, target_bl, documents), tokens_bl)
     row_b = torch.arange(256)
     density = LevelDensity.even(rows.noisiest, rows.cleanest, 32)
     terms = bound_terms(rows, RowDraws(0, 0, row_b, row_b, torch.zeros_like(row_b)), density, 32)
@@ -182,9 +193,12 @@ def test_the_best_denoiser_of_even_tokens_reaches_their_entropy(reading: Reading
 
 
 @pytest.mark.parametrize("kind", ["text", "pair"])
-def test_the_batch_size_changes_nothing(request: pytest.FixtureRequest, kind: str) -> None:
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_batch_size_changes_nothing(request: pytest.FixtureRequest, kind: str, process: Process) -> None:
     run, data = request.getfixturevalue(f"{kind}_run"), request.getfixturevalue(f"{kind}_dataset")
-    one, four = (score(run, data, replace(OPTIONS, batch_size=size)) for size in (1, 4))
+    one, four = (score(run, data, replace(OPTIONS, batch_size=size, process=process)) for size in (1, 4))
+    assert one.process == four.process == process
+    assert (one.prior.value == one.reconstruction.value == 0) == (process == "absorbing")
     for name in ("nats_per_token", "bits_per_byte", "prior", "reconstruction", "denoising"):
         assert getattr(one, name).value == pytest.approx(getattr(four, name).value, rel=1e-4)
         assert getattr(one, name).standard_error == pytest.approx(getattr(four, name).standard_error, rel=1e-3)
@@ -251,9 +265,9 @@ def test_rows_are_laid_out_as_in_training(
     run, data = request.getfixturevalue(f"{kind}_run"), request.getfixturevalue(f"{kind}_dataset")
     seen: list[tuple[Tensor, Documents]] = []
 
-    def watched(model: DiffusionModel, tokens_bl: Tensor, target_bl: Tensor, documents: Documents) -> DiffusedRows:
-        seen.append((target_bl, documents))
-        return diffused_rows(model, tokens_bl, target_bl, documents)
+    def watched(given: GivenRows, tokens_bl: Tensor) -> DiffusedRows:
+        seen.append((given.target_bl, given.documents))
+        return diffused_rows(given, tokens_bl)
 
     monkeypatch.setattr(likelihood, "diffused_rows", watched)
     score(run, data, replace(OPTIONS, num_levels=1))
@@ -299,7 +313,7 @@ def test_of_documents_of_one_length_it_is_the_error_of_a_mean() -> None:
 
 
 def test_one_document_has_no_error() -> None:
-    found = Likelihood.of(np.array([[1.0, 2.0, 3.0]]), np.array([2]), np.array([4]))
+    found = Likelihood.of("noise", np.array([[1.0, 2.0, 3.0]]), np.array([2]), np.array([4]))
     assert found.nats_per_token.value == 3.0
     assert found.perplexity.value == pytest.approx(math.e**3)
     assert found.bits_per_byte.value == pytest.approx(1.5 / math.log(2))
@@ -307,7 +321,7 @@ def test_one_document_has_no_error() -> None:
 
 
 def test_json_has_no_infinities() -> None:
-    found = Likelihood.of(np.full((2, 3), 1e4), np.array([2, 2]), np.array([0, 0])).to_dict()
+    found = Likelihood.of("noise", np.full((2, 3), 1e4), np.array([2, 2]), np.array([0, 0])).to_dict()
     json.dumps(found, allow_nan=False)
     assert found["perplexity"]["value"] is found["bits_per_byte"]["value"] is None
     assert found["nats_per_token"] == {"value": 15_000.0, "standard_error": 0.0}
@@ -317,8 +331,9 @@ def test_json_has_no_infinities() -> None:
 # The command
 
 
-def test_the_command_offers_every_reading() -> None:
+def test_the_command_offers_every_reading_and_process() -> None:
     assert evaluate.ESTIMATES == READINGS
+    assert evaluate.PROCESSES == PROCESSES
 
 
 def run_command(*arguments: object) -> None:
@@ -328,18 +343,24 @@ def run_command(*arguments: object) -> None:
     options.command(options)
 
 
-def test_the_command(text_run: Path, text_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_command(
+    text_run: Path, text_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], process: Process
+) -> None:
     output = tmp_path / "found.json"
     arguments = (text_run, "--data", text_dataset, "--split", "train", "--documents", 3, "--samples", 2)
-    run_command(*arguments, "--estimate", "softmax", "--batch_size", 2, "--seed", 5, "--output", output)
+    run_command(
+        *arguments, "--estimate", "softmax", "--process", process, "--batch_size", 2, "--seed", 5, "--output", output
+    )
     found = json.loads(output.read_text())
-    expected = score(text_run, text_dataset, LikelihoodOptions(3, "softmax", 2, 2, 5))
+    expected = score(text_run, text_dataset, LikelihoodOptions(3, "softmax", process, 2, 2, 5))
     assert {key: found[key] for key in expected.to_dict()} == expected.to_dict()
     assert found["step"] == 7
     assert found["split"] == "train"
     captured = capsys.readouterr()
     for text in ("nats per token", f"{expected.nats_per_token.value:,.4f}", "bits per byte", "3 documents"):
         assert text in captured.out
+    assert ("reconstruction" in captured.out) == (process == "noise")
     assert captured.err == ""  # no bar where there is no terminal
 
     with pytest.raises(UserError, match="is never overwritten"):
@@ -362,6 +383,27 @@ def test_data_with_another_vocabulary(text_run: Path, text_dataset: Path, pair_d
     other = SavedModel(saved.config, saved.denoiser, saved.m_z, pair_dataset / "tokenizer.model")
     with pytest.raises(UserError, match=r"another vocabulary than the model .* --tokenizer"):
         Scorer.of(other, text_dataset, "train", OPTIONS)
+
+
+def test_absorbing_needs_an_absorbing_state(text_run: Path, text_dataset: Path) -> None:
+    saved = load_model(text_run)
+    saved = replace(saved, config=replace(saved.config, gamma=0.0))
+    with pytest.raises(UserError, match=r"absorbing state, and this one has none; take the process noise"):
+        Scorer.of(saved, text_dataset, "train", LikelihoodOptions(process="absorbing"))
+
+
+@pytest.mark.parametrize(("gamma", "process"), [(1.0, "absorbing"), (0.5, "noise")])
+def test_by_default_targets_are_taken_away_as_in_training(
+    text_run: Path, text_dataset: Path, gamma: float, process: Process
+) -> None:
+    saved = load_model(text_run)
+    saved = replace(saved, config=replace(saved.config, gamma=gamma, absorbing_schedule="uniform"))
+    nats = {
+        way: Scorer.of(saved, text_dataset, "train", replace(OPTIONS, num_documents=2, process=way)).score()
+        for way in (None, *PROCESSES)
+    }
+    assert nats[None] == nats[process]
+    assert nats["noise"].nats_per_token != nats["absorbing"].nats_per_token
 
 
 def test_a_split_without_documents(text_run: Path, text_dataset: Path) -> None:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,23 +46,27 @@ MODELS: dict[str, list[str]] = {
     "ours": [
         "--spec", "sa_diffuseq", *SHAPE, "attention.dilation=[1]", "attention.num_global=2", "model.dropout=0.3",
         "diffusion.source_dropout=0.2", "diffusion.self_conditioning=0.5", "optimiser.learning_rate=1e-3",
-        "optimiser.weight_decay=1.0", "optimiser.ema_decay=0.999", "optimiser.precision=bf16",
+        "optimiser.weight_decay=1.0", "optimiser.ema_decay=0.999", "optimiser.precision=bf16", "diffusion.gamma=1.0",
+        "diffusion.absorbing_schedule=uniform", "diffusion.min_signal=0.53", "diffusion.timestep_sampling=uniform",
     ],
     "diffuseq": [
         "--spec", "diffuseq", *SHAPE, "optimiser.learning_rate=3e-4", "optimiser.ema_decay=0.999",
         "optimiser.precision=bf16",
     ],
 }  # fmt: skip
-SETTINGS = {
+MEDIAN = 0.5
+# The sampler, and which quantile of the lengths that targets of such a source have is written.
+SETTINGS: dict[str, list[tuple[SamplerOptions, float]]] = {
     "ours": [
-        SamplerOptions(20, temperature=0.0),
-        SamplerOptions(20, solver="mask_predict", temperature=0.0),
-        SamplerOptions(50, solver="mask_predict", temperature=0.0),
+        (SamplerOptions(20, solver="mask_predict", temperature=0.0), MEDIAN),
+        (SamplerOptions(50, solver="mask_predict", temperature=0.0), MEDIAN),
+        (SamplerOptions(50, solver="mask_predict", temperature=0.0), 0.45),
+        (SamplerOptions(50, solver="mask_predict", temperature=0.0), 0.4),
     ],
     "diffuseq": [
-        SamplerOptions(20),
-        SamplerOptions(20, temperature=0.0),
-        SamplerOptions(200, solver="ddpm", clamp=True),
+        (SamplerOptions(20), MEDIAN),
+        (SamplerOptions(20, temperature=0.0), MEDIAN),
+        (SamplerOptions(200, solver="ddpm", clamp=True), MEDIAN),
     ],
 }
 PROBE_STEPS = 150  # the first third is start-up
@@ -76,7 +80,7 @@ class Score:
     Attributes:
         minutes: Of training, from the first step to the last.
         bound: Nats per target token of held-out pairs.
-        chosen: Settings of the sampler.
+        chosen: Setting that is best on held-out pairs, as `describe` puts it.
         valid_bleu: Of each setting on held-out pairs.
         test_bleu: With the chosen.
         pairs_per_second: Written on the test split.
@@ -88,7 +92,7 @@ class Score:
     minutes: float
     parameters: int
     bound: Measure
-    chosen: SamplerOptions
+    chosen: str
     valid_bleu: dict[str, float]
     test_bleu: float
     pairs_per_second: float
@@ -98,7 +102,8 @@ class Pairs:
     """Sources and references of a split.
 
     Attributes:
-        prompts, references: Texts, lengths to be predicted.
+        sources, references: Texts.
+        fronts: The sources as the model sees them.
         lengths: Tokens of the references.
         length_error: Mean absolute error of the predicted lengths, tokens.
     """
@@ -107,28 +112,35 @@ class Pairs:
         corpus = Corpus.open(data, split)
         count = min(at_most or corpus.num_documents, corpus.num_documents)
         self.generator = generator
-        self.prompts: list[Prompt] = []
+        self.sources: list[str] = []
+        self.fronts: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.references: list[str] = []
         errors: list[int] = []
-        assert generator.lengths is not None
-        for sample_id, document in enumerate(np.linspace(0, corpus.num_documents - 1, count).astype(int)):
+        for document in np.linspace(0, corpus.num_documents - 1, count).astype(int):
             tokens, start = corpus.tokens(int(document)).astype(np.int64), corpus.target_start(int(document))
             source, target = (self._text(part) for part in (tokens[:start], tokens[start:]))
-            self.prompts.append(Prompt(source, "predicted", sample_id))
+            self.sources.append(source)
+            self.fronts.append(tokens[:start])
             self.references.append(target)
             self.lengths.append(len(tokens) - start)
-            errors.append(abs(generator.lengths.predicted(tokens[:start]) - self.lengths[-1]))
+            errors.append(abs(self._predicted(tokens[:start], MEDIAN) - self.lengths[-1]))
         self.length_error = float(np.mean(errors))
 
-    def bleu(self, options: SamplerOptions, batch_size: int = 256, given_lengths: bool = False) -> float:
-        prompts = self.prompts
-        if given_lengths:
-            prompts = [replace(prompt, length=n) for prompt, n in zip(prompts, self.lengths, strict=True)]
+    def bleu(self, options: SamplerOptions, quantile: float | None, batch_size: int = 256) -> float:
+        """Of texts whose length is this quantile of what is predicted; None for the length of the reference."""
+        lengths = self.lengths if quantile is None else [self._predicted(front_l, quantile) for front_l in self.fronts]
+        prompts = [
+            Prompt(source, n, index) for index, (source, n) in enumerate(zip(self.sources, lengths, strict=True))
+        ]
         texts = self.generator.generate(prompts, options, batch_size)
         found = [" ".join(text.split()) for text in texts]
         wanted = [" ".join(text.split()) for text in self.references]
         return sacrebleu.corpus_bleu(found, [wanted], tokenize="none", smooth_method="none", force=True).score
+
+    def _predicted(self, front_l: np.ndarray, quantile: float) -> int:
+        assert self.generator.lengths is not None
+        return self.generator.lengths.at(front_l, quantile)
 
     def _text(self, tokens: np.ndarray) -> str:
         return self.generator.tokenizer.decode(tokens[tokens >= len(SpecialToken)])
@@ -183,17 +195,18 @@ def measure(name: str, options: argparse.Namespace) -> Score:
     held_out = Pairs(options.data, "valid", generator, options.pairs)
     bleu: dict[str, float] = {}
     for setting in SETTINGS[name]:
-        bleu[describe(setting)] = held_out.bleu(setting)
-        print(f"  {describe(setting)}: valid BLEU {bleu[describe(setting)]:.2f}", flush=True)
-    chosen = max(SETTINGS[name], key=lambda setting: bleu[describe(setting)])
-    print(f"  with the lengths of the references: {held_out.bleu(chosen, given_lengths=True):.2f}", flush=True)
+        bleu[describe(*setting)] = held_out.bleu(*setting)
+        print(f"  {describe(*setting)}: valid BLEU {bleu[describe(*setting)]:.2f}", flush=True)
+    chosen, quantile = max(SETTINGS[name], key=lambda setting: bleu[describe(*setting)])
+    print(f"  with the lengths of the references: {held_out.bleu(chosen, None):.2f}", flush=True)
     test = Pairs(options.data, options.score, generator, options.test_pairs)
     errors = f"{held_out.length_error:.2f} on held-out pairs, {test.length_error:.2f} on {options.score}"
     print(f"  mean error of predicted lengths, tokens: {errors}", flush=True)
     started = time.perf_counter()
-    test_bleu = test.bleu(chosen)
-    rate = len(test.prompts) / (time.perf_counter() - started)
-    for prompt, text in zip(test.prompts[:3], generator.generate(test.prompts[:3], chosen), strict=True):
+    test_bleu = test.bleu(chosen, quantile)
+    rate = len(test.sources) / (time.perf_counter() - started)
+    shown = [Prompt(source, "predicted", index) for index, source in enumerate(test.sources[:3])]
+    for prompt, text in zip(shown, generator.generate(shown, chosen), strict=True):
         print(f"    {prompt.source!r}\n -> {text!r}", flush=True)
     corpus = Corpus.open(options.data, "valid")
     documents = np.linspace(0, corpus.num_documents - 1, min(256, options.pairs)).astype(int)
@@ -206,16 +219,18 @@ def measure(name: str, options: argparse.Namespace) -> Score:
         minutes=seconds / 60,
         parameters=sum(parameter.numel() for parameter in saved.denoiser.parameters()),
         bound=scorer.score().nats_per_token,
-        chosen=chosen,
+        chosen=describe(chosen, quantile),
         valid_bleu=bleu,
         test_bleu=test_bleu,
         pairs_per_second=rate,
     )
 
 
-def describe(options: SamplerOptions) -> str:
+def describe(options: SamplerOptions, quantile: float) -> str:
     changed = {key: value for key, value in asdict(options).items() if value != getattr(SamplerOptions(), key)}
     changed.pop("num_calls", None)
+    if quantile != MEDIAN:
+        changed["length quantile"] = quantile
     return ", ".join([f"{options.num_calls} calls", *(f"{key} {value}" for key, value in changed.items())])
 
 
@@ -228,7 +243,7 @@ def table_of(scores: Sequence[Score]) -> Table:
         table.add_row(
             score.name, f"{score.parameters / 1e6:.1f} M", f"{score.steps:,}", f"{score.tokens / 1e6:.0f}",
             f"{score.minutes:.1f}", f"{score.bound.value:.2f} ± {score.bound.standard_error:.2f}",
-            describe(score.chosen), f"{max(score.valid_bleu.values()):.2f}", f"{score.test_bleu:.2f}",
+            score.chosen, f"{max(score.valid_bleu.values()):.2f}", f"{score.test_bleu:.2f}",
             f"{score.pairs_per_second:.0f}",
         )  # fmt: skip
     return table

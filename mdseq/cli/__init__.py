@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mdseq.cli import evaluate, export, generate, inspect, report
+from mdseq.cli import evaluate, export, generate, inspect, report, status
 from mdseq.errors import exit_status
 
-COMMANDS = (generate, evaluate, export, report, inspect)
+COMMANDS = (generate, evaluate, export, report, status, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

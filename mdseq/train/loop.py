@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ from mdseq.spec import RunSpec
 from mdseq.train.guard import Guard
 from mdseq.train.schedule import learning_rate
 from mdseq.train.signals import StopSignals
-from mdseq.train.watch import Watch
+from mdseq.train.watch import Heartbeat, Watch
 
 if TYPE_CHECKING:
     from mdseq.engine.build import DeepSpeedEngine
@@ -77,11 +77,16 @@ class Trainer:
     def objective(self) -> DiffusionObjective:
         return self.engine.module
 
-    def run(self, hooks: Sequence[Hook]) -> None:
-        """Train to the schedule's last step, or until a signal asks any rank to stop."""
+    def run(self, hooks: Sequence[Hook], hear: Callable[[Sequence[Heartbeat | None]], None] | None = None) -> None:
+        """Train to the schedule's last step, or until a signal asks any rank to stop.
+
+        Args:
+            hooks: Called after each step, in this order.
+            hear: Called with the heartbeats of all ranks; see `Watch`.
+        """
         self.objective.train()
         try:
-            with StopSignals() as signals, Watch(lambda: self.step, self.spec.guard.hang_seconds):
+            with StopSignals() as signals, Watch(lambda: self.step, self.spec.guard.hang_seconds, hear):
                 while not self.is_last_step:
                     self._take_step()
                     self.stopped_by = self.agreement.highest([signals.received])[0]

@@ -34,6 +34,7 @@ from mdseq.train.loop import Hook, Trainer
 from mdseq.train.memory import is_out_of_memory, memory_advice
 from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
+from mdseq.train.status import StatusHook
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,11 @@ def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
     probe = Probe(corpus, plan.rows, spec, device)
     _restore(plan, trainer, probe, shapes)
     writer = CheckpointWriter(plan.run.checkpoints, partitions, average, shapes, agreement)
-    trainer.run(_build_hooks(plan, trainer, probe, writer))
+    hooks, hear = _build_hooks(plan, trainer, probe, writer), None
+    if dist.get_rank() == 0:
+        status = StatusHook(plan.run.path, trainer.step, spec.schedule.steps, dist.get_world_size())
+        hooks, hear = [*hooks, status], status.hear
+    trainer.run(hooks, hear)
     return trainer.stopped_by
 
 

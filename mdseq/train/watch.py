@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -30,12 +31,14 @@ class Heartbeat:
         step: Steps it has taken.
         place: Where its main thread is.
         waits: Whether that is in a library, where it may be waiting for the others.
+        host: Its node's name.
     """
 
     count: int
     step: int
     place: str
     waits: bool
+    host: str
 
 
 class Watch:
@@ -47,12 +50,20 @@ class Watch:
     Args:
         step: How many steps this rank has taken.
         seconds: How long a step may take; the first one is not watched.
+        hear: Called with the newest heartbeats of all ranks, every HEARTBEAT_SECONDS.
         end: Called in the end, with the exit status.
     """
 
-    def __init__(self, step: Callable[[], int], seconds: float, end: Callable[[int], None] = os._exit) -> None:
+    def __init__(
+        self,
+        step: Callable[[], int],
+        seconds: float,
+        hear: Callable[[Sequence[Heartbeat | None]], None] | None = None,
+        end: Callable[[int], None] = os._exit,
+    ) -> None:
         self._step = step
         self._seconds = seconds
+        self._hear = hear
         self._end = end
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store()
@@ -78,30 +89,35 @@ class Watch:
                 if step != seen:
                     seen, since = step, time.monotonic()
                 self._tell(count, step)
+                if self._hear is not None:
+                    self._hear(self._all_heard())
                 if step > first and time.monotonic() - since > self._seconds:
                     self._finish(step)
                     return
 
     def _tell(self, count: int, step: int) -> None:
         frame = sys._current_frames().get(self._main or 0)
-        beat = Heartbeat(count, step, _place(frame), _waits(frame))
+        beat = Heartbeat(count, step, _place(frame), _waits(frame), platform.node())
         self._store.set(f"heartbeat/{self._rank}", json.dumps(asdict(beat)))
 
     def _finish(self, step: int) -> None:
-        before = [self._heard(rank) for rank in range(self._num_ranks)]
+        before = self._all_heard()
         if self._over.wait(STALE_SECONDS):  # another rank has ended the run already
             return
         self._tell(2**31, step)  # this rank's own is not stale
-        after = [self._heard(rank) for rank in range(self._num_ranks)]
+        after = self._all_heard()
         print(hang_report(self._seconds, before, after), file=sys.stderr, flush=True)
         self._end(EXIT_HUNG)
+
+    def _all_heard(self) -> list[Heartbeat | None]:
+        return [self._heard(rank) for rank in range(self._num_ranks)]
 
     def _heard(self, rank: int) -> Heartbeat | None:
         key = f"heartbeat/{rank}"
         return Heartbeat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
 
-def hang_report(seconds: float, before: list[Heartbeat | None], after: list[Heartbeat | None]) -> str:
+def hang_report(seconds: float, before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> str:
     """Who holds up the run, from two rounds of heartbeats."""
     silent = [rank for rank, (b, a) in enumerate(zip(before, after, strict=True)) if a is None or a == b]
     busy = [rank for rank, beat in enumerate(after) if beat and not beat.waits and rank not in silent]

@@ -13,6 +13,7 @@ from launcher.run import main as launch
 from mdseq.cli import main as mdseq
 from mdseq.engine.checkpoint import remove_old_checkpoints, whole_checkpoints
 from mdseq.report.metrics import read_metrics
+from mdseq.report.status import RunStatus
 from mdseq.spec import CheckpointSpec
 from tests.dist.ranks import run_ranks, train
 from tests.dist.test_training import DS_CONFIGS, TINY
@@ -44,6 +45,9 @@ def test_a_run_folder_describes_the_run(finished):
     assert environment["packages"].keys() >= {"torch", "deepspeed", "mdseq"}
     assert "steps = 4" in (finished / "spec.toml").read_text()
     assert steps(finished) == [2, 4]
+    status = RunStatus.read(finished)
+    assert status is not None
+    assert (status.state, status.step, status.steps, status.starts, len(status.ranks)) == ("finished", 4, 4, 1, 1)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "no manifest"])

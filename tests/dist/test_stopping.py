@@ -12,6 +12,7 @@ import torch
 
 from mdseq.engine.checkpoint import whole_checkpoints
 from mdseq.report.metrics import read_metrics
+from mdseq.report.status import RunStatus
 from tests.dist.ranks import Ranks, run_ranks, train
 from tests.dist.test_training import DS_CONFIGS, TINY, losses, state
 
@@ -37,6 +38,9 @@ def test_a_signal_to_any_rank_stops_all_after_the_step_and_nothing_is_lost(text_
         os.kill(ranks.processes[1].pid, number)
         assert ranks.results() == [128 + number] * 2
     steps = read_metrics(tmp_path / "run")[-1]["step"]
+    status = RunStatus.read(tmp_path / "run")
+    assert status is not None
+    assert (status.state, status.step) == ("stopped", steps)
     assert [manifest.step for _, manifest in whole_checkpoints(tmp_path / "run" / "checkpoints")] == [steps]
 
     # It goes on as one that was never stopped.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from mdseq.train.watch import Heartbeat, hang_report
 
-WAITING = Heartbeat(5, 7, "/site-packages/torch/distributed/distributed_c10d.py:1 (all_reduce)", waits=True)
-BUSY = Heartbeat(5, 7, "/mine/loader.py:12 (read)", waits=False)
+WAITING = Heartbeat(5, 7, "/site-packages/torch/distributed/distributed_c10d.py:1 (all_reduce)", True, "n1")
+BUSY = Heartbeat(5, 7, "/mine/loader.py:12 (read)", False, "n1")
 
 
 def later(beat: Heartbeat) -> Heartbeat:
-    return Heartbeat(beat.count + 3, beat.step, beat.place, beat.waits)
+    return Heartbeat(beat.count + 3, beat.step, beat.place, beat.waits, beat.host)
 
 
 def test_a_rank_that_is_stopped_or_was_never_heard_of() -> None:

@@ -106,6 +106,8 @@ class Watch:
             return
         self._tell(2**31, step)  # this rank's own is not stale
         after = self._all_heard()
+        if self._hear is not None:
+            self._hear(after)
         print(hang_report(self._seconds, before, after), file=sys.stderr, flush=True)
         self._end(EXIT_HUNG)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import time
 from pathlib import Path
@@ -97,6 +98,11 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
     assert "rank 1 is not waiting for the others: it is at" in told
     assert "sleepy" in told
     assert "rank 0 is not waiting" not in told
+    status = RunStatus.read(tmp_path / "run")
+    assert status is not None
+    assert status.state in ("failed", "running"), "rank 0 was told by an error, or was ended first"
+    assert [rank.host for rank in status.ranks] == [platform.node()] * 2
+    assert [rank.step for rank in status.ranks] == [status.step] * 2
 
 
 def train_poisoned(steps: list[int], what: str, *options: str | Path) -> int:

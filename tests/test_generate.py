@@ -14,6 +14,7 @@ from mdseq.cli import generate as command_module
 from mdseq.cli import main
 from mdseq.cli.results import FileResults
 from mdseq.cli.weights import load_run
+from mdseq.diffusion.absorbing import Absorption
 from mdseq.diffusion.estimates import READINGS
 from mdseq.diffusion.time_grids import TIME_GRIDS
 from mdseq.generate.sampler import SOLVERS, SamplerOptions
@@ -222,6 +223,21 @@ def test_by_default_the_output_is_what_the_model_was_trained_to_say(
         assert generate(saved, "--source", "the river", "--length", 20, *estimate) == 0
         texts[" ".join(estimate)] = capsys.readouterr().out
     assert texts[""] == texts["--estimate posterior"] != texts["--estimate output"]
+
+
+def test_a_model_trained_for_mask_predict_is_sampled_by_it(
+    pair_dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absorption = Absorption(1.0, "uniform")
+    saved = str(save_tiny_model(Path("absorbing"), pair_dataset, absorption=absorption, min_signal=0.3))
+    texts = {}
+    for solver in ([], ["--solver", "mask_predict"]):
+        assert generate(saved, "--source", "the river", "--length", 20, *solver) == 0
+        texts[" ".join(solver)] = capsys.readouterr().out
+    assert texts[""] == texts["--solver mask_predict"]
+    said = complaint(capsys, saved, "--source", "the river", "--solver", "dpm_2m")
+    assert "solver dpm_2m begins with noise alone" in said
+    assert "(diffusion.min_signal = 0.3); use mask_predict" in said
 
 
 @pytest.mark.parametrize("suffix", ["html", "png"])

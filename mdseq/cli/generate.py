@@ -66,7 +66,9 @@ def add_command(commands: Any) -> None:
 
     group = command.add_argument_group("how")
     group.add_argument("--steps", type=at_least(1), default=20, metavar="N", help="denoiser calls; default 20")
-    group.add_argument("--solver", choices=SOLVERS, default="dpm_2m", help="default: dpm_2m (DPM-Solver++)")
+    group.add_argument(
+        "--solver", choices=SOLVERS, help="default: mask_predict for a model that was trained for it, or dpm_2m"
+    )
     group.add_argument(
         "--time_grid",
         choices=TIME_GRIDS,
@@ -162,6 +164,10 @@ def generate(options: argparse.Namespace) -> None:
     _check_model(options, requests, saved.config)
 
     from mdseq.cli.writing import Writing, one_warning
+    from mdseq.diffusion.denoising import DiffusionModel
+    from mdseq.generate.sampler import usual_solver
+
+    options.solver = options.solver or usual_solver(DiffusionModel.of(saved))
 
     writing = Writing(options, requests, saved)
     with one_warning():

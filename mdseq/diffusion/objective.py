@@ -48,9 +48,7 @@ class DiffusionObjective(nn.Module):
         self.config = config  # AutoEP reads the number of experts here
         self.denoiser = Denoiser(config, spec.model.activation_checkpointing)
         self.absorbing = AbsorbingState(config.embedding_dim, learned=diffusion.absorbing)
-        self.schedule = NoiseSchedule(
-            diffusion.noise_schedule, diffusion.num_timesteps, diffusion.noise_factor, diffusion.min_signal
-        )
+        self.schedule = NoiseSchedule.of(diffusion)
         gamma = diffusion.gamma * diffusion.absorbing
         self.absorption = Absorption(gamma, diffusion.absorbing_schedule)
         self.timesteps = TimestepSampler(diffusion, device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mdseq.errors import UserError
+from mdseq.spec import DiffusionSpec
 
 # What the denoiser is told runs from 0 to this, whatever T is (DiffuSeq's `rescale_timesteps`).
 TIME_SCALE = 1000.0
@@ -89,12 +90,19 @@ class NoiseSchedule:
             less log(noise_factor). The process is the named one with noise so many times as strong (the noise factor
             of Difformer, arXiv 2212.09412, section 4.3), scaled back to the variance of the named one. With a
             `min_signal` it is the part of that process in which alpha is no less, stretched over all timesteps.
+        min_signal: Least alpha; 0 for that of the whole schedule.
         alpha_bar_t: float64 [T], the signal's share of the variance, alpha_t^2.
     """
+
+    @classmethod
+    def of(cls, spec: DiffusionSpec) -> NoiseSchedule:
+        """Raises UserError: the spec leaves more signal than there is."""
+        return cls(spec.noise_schedule, spec.num_timesteps, spec.noise_factor, spec.min_signal)
 
     def __init__(self, name: str, num_timesteps: int, noise_factor: float = 1.0, min_signal: float = 0.0) -> None:
         assert num_timesteps >= 2, "between which timesteps would the others lie?"
         self.name = name
+        self.min_signal = min_signal
         self.num_timesteps = num_timesteps
         self.last = num_timesteps - 1
         named_t = (1.0 - NOISE_SCHEDULES[name](num_timesteps)).cumprod(dim=0)

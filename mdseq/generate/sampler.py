@@ -27,6 +27,11 @@ MASK_PREDICT = "mask_predict"
 SOLVERS = (*REVERSE_SOLVERS, MASK_PREDICT)
 
 
+def usual_solver(model: DiffusionModel) -> str:
+    """What suits the process that a model was trained on."""
+    return MASK_PREDICT if model.absorbs else "dpm_2m"
+
+
 @dataclass(frozen=True)
 class SamplerOptions:
     """How to solve.
@@ -144,12 +149,18 @@ def sample(
         observe: Called with the state of each call, until no row needs another.
 
     Raises:
-        UserError: The solver is mask_predict, and the model has no absorbing state.
+        UserError: The solver is mask_predict, and the model has no absorbing state; or it is another, and the model has
+            not been trained on noise alone, which it begins with.
     """
     if options.solver == MASK_PREDICT and not model.absorption.gamma:
         raise UserError(
             "solver mask_predict begins with every token absorbed, which this model has not been trained on; use "
             "another solver, or train with diffusion.absorbing = true and a diffusion.gamma above 0"
+        )
+    if options.solver != MASK_PREDICT and model.schedule.min_signal:
+        raise UserError(
+            f"solver {options.solver} begins with noise alone, which this model has not been trained on "
+            f"(diffusion.min_signal = {model.schedule.min_signal}); use mask_predict"
         )
     levels = model.schedule.levels(time_grid(options.time_grid, model.schedule, options.num_calls))
     rows = GivenRows.of(model, tokens_bl, target_bl, documents)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mdseq.data.corpus import Corpus
 from mdseq.data.lengths import check_sources
+from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
 from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
@@ -33,6 +34,7 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
         table.add_row(path, value, origin, style=style)
     console.print(table)
 
+    NoiseSchedule.of(spec.diffusion)  # says what is wrong with it
     console.print("\n[bold]engine configuration[/bold]")
     console.print_json(json.dumps(engine.values))
 

@@ -17,7 +17,7 @@ from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, remove_old_checkpoints
 from mdseq.generate.prompts import Length, Prompt
-from mdseq.generate.sampler import SamplerOptions
+from mdseq.generate.sampler import SamplerOptions, usual_solver
 from mdseq.generate.text import TextGenerator
 from mdseq.model.saved import CONFIG_FILE, ModelConfig
 from mdseq.report.metrics import MetricsWriter
@@ -184,12 +184,12 @@ class SampleHook:
         objective = trainer.objective
         objective.eval()
         with torch.no_grad():
-            generator = TextGenerator(objective.model(), self.tokenizer, self.kind, lengths=self.lengths)
+            model = objective.model()
+            generator = TextGenerator(model, self.tokenizer, self.kind, lengths=self.lengths)
             length: Length = "predicted" if self.kind == "pair" else report.sample_length
             prompts = [Prompt(source, length, i) for i, source in enumerate(self.sources)]
-            texts = generator.generate(
-                prompts, SamplerOptions(num_calls=report.sample_solver_steps, seed=trainer.spec.seed)
-            )
+            options = SamplerOptions(report.sample_solver_steps, usual_solver(model), seed=trainer.spec.seed)
+            texts = generator.generate(prompts, options)
         objective.train()
         if self.writer is not None:
             page = "\n".join(

@@ -16,6 +16,7 @@ from mdseq.data.lengths import LengthTable, check_sources
 from mdseq.data.loader import Loader
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.engine.agreement import Agreement
 from mdseq.engine.build import build_engine, start_processes, stop_processes
 from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, damaged_files, load_checkpoint
@@ -74,6 +75,7 @@ def plan_run(
         raise UserError("no dataset: give --data DIR (or data.path), a folder made by `make prep`")
     corpus = Corpus.open(Path(spec.data.path), "train")
     check_sources(corpus, spec.data.lengths_of)
+    NoiseSchedule.of(spec.diffusion)
     rows = Rows.of(corpus, spec)
     tokenizer = Tokenizer.load(Path(spec.data.path) / TOKENIZER_FILE)
     run = RunFolder(output)

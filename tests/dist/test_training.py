@@ -120,3 +120,12 @@ def test_pairs_train_in_bf16_and_show_samples(pair_dataset, tmp_path):
     assert torch.isfinite(losses(folder)).all()
     sample = (folder / "samples" / "step-00000003.txt").read_text()
     assert sample.count("--- source: ") == 2
+
+
+def test_a_model_of_absorbed_tokens_writes_its_samples_by_mask_predict(text_dataset: Path, tmp_path: Path) -> None:
+    """Other solvers begin with what it has never seen, and are refused."""
+    uniform = ["diffusion.gamma=1", "diffusion.absorbing_schedule=uniform", "diffusion.min_signal=0.3"]
+    samples = ["report.sample_interval_steps=2", "report.sample_length=8", "report.sample_solver_steps=3"]
+    more = ["data.micro_batch_size=4", "schedule.steps=2", "diffusion.noise_factor=1"]
+    folder = run(text_dataset, tmp_path / "run", 1, "cpu", *more, *uniform, *samples)
+    assert (folder / "samples" / "step-00000002.txt").read_text().count("--- source") == 2

@@ -47,7 +47,13 @@ def tiny_generator(
 
 
 def save_tiny_model(
-    folder: Path, dataset: Path, step: int = 7, condition_dropout: float = 0.0, reading: Reading = "output"
+    folder: Path,
+    dataset: Path,
+    step: int = 7,
+    condition_dropout: float = 0.0,
+    reading: Reading = "output",
+    absorption: Absorption = Absorption(GAMMA),  # noqa: B008
+    min_signal: float = 0.0,
 ) -> Path:
     """A model folder for the documents of a dataset."""
     corpus = Corpus.open(dataset, "train")
@@ -56,15 +62,15 @@ def save_tiny_model(
         denoiser=model.denoiser.config,
         noise_schedule="sqrt",
         num_timesteps=NUM_TIMESTEPS,
-        gamma=GAMMA,
-        absorbing_schedule="sigma",
+        gamma=absorption.gamma,
+        absorbing_schedule=absorption.schedule,
         document_kind=corpus.manifest.kind,
         row_length=ROW_LENGTH,
         step=step,
         condition_dropout=condition_dropout,
         lengths=LengthTable.of(corpus).to_dict(),
         noise_factor=1.0,
-        min_signal=0.0,
+        min_signal=min_signal,
         estimate=reading,
     )
     weights = {f"denoiser.{name}": weight for name, weight in model.denoiser.state_dict().items()}

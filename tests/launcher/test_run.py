@@ -88,6 +88,13 @@ def test_lengths_of_what_is_not_there(refused, pair_dataset):
         assert "data.lengths_of: there is no training text of pears; allowed: " in message
 
 
+def test_more_signal_than_there_is(refused, text_dataset):
+    for more in ((), ("--dry_run",)):
+        assert "diffusion.min_signal = 0.95 is more signal than there ever is" in refused(
+            "--data", text_dataset, "diffusion.min_signal=0.95", *more
+        )
+
+
 def test_more_sample_steps_than_timesteps(refused, text_dataset):
     assert "report.sample_solver_steps = 20" in refused("--data", text_dataset, "diffusion.num_timesteps=10")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdseq.diffusion.estimates import READINGS, Reading
-from mdseq.evaluate.likelihood import LikelihoodOptions, Scorer
+from mdseq.evaluate.likelihood import PROCESSES, LikelihoodOptions, Process, Scorer
 from mdseq.model.saved import load_model
 from tests.evaluate.test_likelihood import saved_model
 
@@ -22,14 +22,20 @@ pytestmark = [
 WIDER = ["model.hidden_dim=32", "experts.top_k=4"]
 
 
+@pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize(("kind", "self_conditioning"), [("text", 0), ("pair", 0.5)])
 def test_the_bound_is_that_of_a_cpu(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str, self_conditioning: float, reading: Reading
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    self_conditioning: float,
+    reading: Reading,
+    process: Process,
 ) -> None:
     data = request.getfixturevalue(f"{kind}_dataset")
     run = saved_model(tmp_path / "run", data, kind, *WIDER, f"diffusion.self_conditioning={self_conditioning}")
-    options = LikelihoodOptions(num_documents=6, num_levels=4, reading=reading)
+    options = LikelihoodOptions(num_documents=6, num_levels=4, reading=reading, process=process)
 
     def score_on(device: str) -> dict[str, Any]:
         saved = load_model(run, device)

@@ -32,7 +32,7 @@ class DiffusionObjective(nn.Module):
         min(SNR_t, snr_cap) |e - f(z_t, t)|^2 / z    denoising (DiffuSeq; the cap is Min-SNR's, arXiv 2303.09556, eq. 6)
         - log p(w | f(z_t, t))                       anchor (Difformer, arXiv 2212.09412, eq. 6), p read as `estimate`
         - log p(w | e + sigma_0 eps)                 rounding: keeps embeddings apart, does not pass the denoiser
-        |alpha_{T-1} (e - m)|^2 / z                  prior: what is left of e at the end
+        |alpha_{T-1} (e - m)|^2 / z                  prior: what is left of e at the end, if it is not left on purpose
 
     The objective "target" sums it over target tokens, and divides by their count in the global batch. "published" is
     DiffuSeq's (`training_losses_seq2seq`): z_0 = e + sigma_0 eps in place of e, but in the denoising at t = 0, the
@@ -135,7 +135,9 @@ class DiffusionObjective(nn.Module):
         if diffusion.snr_cap:
             snr_bl = (2 * self.schedule.log_snr(timestep_bl)).exp().float()
             denoising_bl = denoising_bl * snr_bl.clamp(max=diffusion.snr_cap)
-        prior_bl = self.schedule.alpha_bar_t[-1].item() * (z_0 - m_z).square().mean(dim=-1)
+        # With a min_signal it would draw m and all embeddings together, until they are hard to tell apart.
+        left = 0.0 if diffusion.min_signal else self.schedule.alpha_bar_t[-1].item()
+        prior_bl = left * (z_0 - m_z).square().mean(dim=-1)
         token_loss_bl = diffusion.denoising_weight * denoising_bl + prior_bl
 
         # 6. Average over the global batch.

@@ -103,6 +103,7 @@ class NoiseSchedule:
         assert num_timesteps >= 2, "between which timesteps would the others lie?"
         self.name = name
         self.min_signal = min_signal
+        self._stretch = 1.0
         self.num_timesteps = num_timesteps
         self.last = num_timesteps - 1
         named_t = (1.0 - NOISE_SCHEDULES[name](num_timesteps)).cumprod(dim=0)
@@ -122,6 +123,7 @@ class NoiseSchedule:
             )
         alpha_bar = torch.tensor(min_signal, dtype=torch.float64).square()
         end = self.timestep_of((alpha_bar.log() - torch.log1p(-alpha_bar)) / 2)
+        self._stretch = self.last / end.item()
         stretched_t = torch.linspace(0, end.item(), self.num_timesteps, dtype=torch.float64)
         self._log_snr_on, self.log_snr_t = {}, self.log_snr(stretched_t)
         self._log_snr_on = {}
@@ -152,8 +154,11 @@ class NoiseSchedule:
         return [NoiseLevel(*row) for row in torch.stack(numbers, dim=1).tolist()]
 
     def time(self, timestep: Tensor) -> Tensor:
-        """What the denoiser is told: t * 1000 / T in fp32, so that it does not depend on T."""
-        return (timestep.double() * (TIME_SCALE / self.num_timesteps)).float()
+        """What the denoiser is told: t * 1000 / T in fp32, so that it does not depend on T.
+
+        With a `min_signal`, t is that of the whole schedule, where the noise is the same.
+        """
+        return (timestep.double() * (TIME_SCALE / self.num_timesteps / self._stretch)).float()
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._log_snr_on:

@@ -30,5 +30,6 @@ def test_quality_after_training(pair_dataset: Path, tmp_path: Path, capsys: pyte
     ]
     assert quality.main(["--data", str(pair_dataset), "--models", "ours", *options, *tiny]) == 0
     shown = capsys.readouterr().out
-    assert "20 calls, temperature 0.0" in shown
+    assert "20 calls, solver mask_predict, temperature 0.0" in shown
+    assert "length quantile 0.45" in shown
     assert "mean error of predicted lengths, tokens: " in shown

@@ -144,6 +144,8 @@ def test_some_signal_is_left_by_the_part_of_the_schedule_that_has_more(name: str
     step_t = whole.timestep_of(schedule.log_snr_t).diff()
     torch.testing.assert_close(step_t, step_t.mean().expand(49), rtol=1e-6, atol=1e-9)
     assert torch.equal(schedule.log_snr(torch.arange(50)), schedule.log_snr_t)
+    told_t, timestep_t = schedule.time(torch.arange(50)), whole.timestep_of(schedule.log_snr_t)
+    torch.testing.assert_close(told_t, whole.time(timestep_t), rtol=1e-5, atol=1e-5)
 
 
 def test_more_signal_than_there_is_cannot_be_left() -> None:

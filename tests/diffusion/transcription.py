@@ -66,10 +66,12 @@ class Transcription(ABC):
         abar = np.cumprod(1 - np.minimum(1 - signal[1:] / signal[:-1], 0.999))
         noise = self.spec.noise_factor**2 * (1 - abar)
         self.abar = abar / (abar + noise)
+        self.stretch = 1.0
         if self.spec.min_signal:  # as far as the signal has fallen to that, at equal steps in t
             log_snr = np.log(self.abar / (1 - self.abar)) / 2
             least = np.log(self.spec.min_signal**2 / (1 - self.spec.min_signal**2)) / 2
             end = np.interp(-least, -log_snr, np.arange(self.T))
+            self.stretch = (self.T - 1) / end
             log_snr = np.interp(np.linspace(0, end, self.T), np.arange(self.T), log_snr)
             self.abar = 1 / (1 + np.exp(-2 * log_snr))
 
@@ -116,7 +118,7 @@ class Transcription(ABC):
         t = self.t[b, self.owner(b, i)]
         alpha, sigma = self.alpha_sigma(t)
         z_t = alpha * (z_0 - self.m) + sigma * self.epsilon[b, i] + self.m
-        return self.m if self.replaced(b, i) else z_t, t * 1000 / self.T
+        return self.m if self.replaced(b, i) else z_t, t / self.stretch * 1000 / self.T
 
     def replaced(self, b: int, i: int) -> bool:
         owner = self.owner(b, i)
@@ -184,7 +186,7 @@ class Target(Transcription):
             anchor = anchor - ((z_t - means) ** 2).sum(axis=1) / (2 * sigma**2)
         terms = {
             "denoising": strength * np.mean((word - self.f[b, i]) ** 2),
-            "prior": np.mean((np.sqrt(self.abar[-1]) * (word - self.m)) ** 2),
+            "prior": 0.0 if self.spec.min_signal else np.mean((np.sqrt(self.abar[-1]) * (word - self.m)) ** 2),
             "rounding": self.cross_entropy(self.embedding @ rounded + self.bias, token),
             "anchor": self.cross_entropy(anchor, token),
         }

@@ -92,7 +92,7 @@ def measure(name: str, data: Path, overrides: list[str], num_pairs: int) -> dict
     samplers = {
         title: options
         for title, options in SAMPLERS.items()
-        if options.solver != MASK_PREDICT or model.absorption.gamma
+        if (model.absorption.gamma if options.solver == MASK_PREDICT else not model.schedule.min_signal)
     }
     bleu = {title: task.bleu(model, options)[0] for title, options in samplers.items()}
     result: dict[str, object] = {

@@ -166,5 +166,5 @@ def test_purposes_are_pinned_and_distinct() -> None:
     assert {purpose.name: int(purpose) for purpose in Purpose} == {
         "TIMESTEP": 1, "EMBEDDING": 2, "DIFFUSION": 3, "ABSORBING": 4, "STARTING": 5, "SAMPLING": 6, "PREFIX": 7,
         "SUFFIX": 8, "STRATA": 9, "SELF_CONDITIONING": 10, "LAG": 11, "CONDITION": 12, "LENGTH": 13, "RESAMPLING": 14,
-        "DROPOUT": 15, "SOURCE": 16, "LIKELIHOOD": 20,
+        "DROPOUT": 15, "SOURCE": 16, "SHARE": 17, "LIKELIHOOD": 20, "ORDER": 21,
     }  # fmt: skip

@@ -7,22 +7,29 @@ file says how it ended. The queue is asked only about tasks that left none, so n
 from __future__ import annotations
 
 import os
-import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.spec import ClusterSpec
 from mdseq.errors import UserError
+from mdseq.slurm import (
+    ENDED,
+    import_line,
+    job_name,
+    job_states,
+    require_log_folder,
+    require_slurm,
+    submission_environment,
+)
 
 if TYPE_CHECKING:
     import submitit
@@ -35,9 +42,6 @@ MAX_TIMEOUTS = 10  # of one task, in which it is queued again
 LOG_LINES = 10
 TASKS_IN_MESSAGE = 3
 
-# States of a job that will not run any more.
-ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
-ENDED |= {"PREEMPTED", "REVOKED", "FORGOTTEN"}
 GOES_ON = "the same command goes on where it stopped"
 
 
@@ -176,16 +180,9 @@ class _Array:
 
     def _states(self) -> dict[int, str] | None:
         """Slurm's state of each task, FORGOTTEN for what it does not list any more; None when it does not answer."""
-        command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", "--jobs", self.job_id]
-        try:
-            answer = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
-            )
-        except subprocess.TimeoutExpired:
+        listed = job_states(self.job_id)
+        if listed is None:
             return None
-        if answer.returncode != 0 and "Invalid job id" not in answer.stderr:
-            return None
-        listed = dict(line.split() for line in answer.stdout.splitlines())
         return {task: listed.get(job.job_id, "FORGOTTEN") for task, job in enumerate(self.jobs)}
 
     def _vanished(self, tasks: list[int], states: dict[int, str]) -> str:
@@ -205,13 +202,8 @@ class _Array:
 def _submit(
     function: Callable[[int], None], num_tasks: int, cluster: ClusterSpec, folder: Path, name: str
 ) -> Sequence[submitit.Job[str]]:
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError(
-            "there is no Slurm on this machine (no sbatch and srun in PATH): start the command on a login node of the "
-            "cluster, or build here without --cluster slurm"
-        )
-    if {"%", "\n"} & set(str(folder.absolute())):
-        raise UserError(f"Slurm cannot write its logs to {str(folder)!r}: its path must have no % and no line break")
+    require_slurm("build here without --cluster slurm")
+    require_log_folder(folder)
     import submitit
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,39 +211,37 @@ def _submit(
     logs = tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d-%H-%M-%S-"), dir=folder)
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=MAX_TIMEOUTS)
     executor.update_parameters(
-        name=re.sub(r"[^\w.-]+", "-", name),
+        name=job_name(name),
         timeout_min=cluster.time_minutes,
         mem_gb=cluster.memory_gb,
         nodes=1,
         tasks_per_node=1,
         cpus_per_task=1,
         slurm_array_parallelism=num_tasks,
-        slurm_setup=[*cluster.setup, _importing_what_we_do()],
+        slurm_setup=[*cluster.setup, import_line()],
         slurm_stderr_to_stdout=True,
         slurm_signal_delay_s=min(90, 15 * cluster.time_minutes),
         slurm_additional_parameters={"requeue": True},
-        **{f"slurm_{key}": value for key, value in _chosen(cluster).items()},
+        **{f"slurm_{key}": value for key, value in cluster.named().items()},
     )
-    # A job submitted from within another must inherit nothing of it, nor the user's defaults overrule the spec.
-    defaults = {"SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_QOS"} - {f"SBATCH_{k.upper()}" for k in _chosen(cluster)}
-    kept = {key: value for key, value in os.environ.items() if key in {"SLURM_CONF", *defaults}}
     try:
-        with submitit.helpers.clean_env():
-            os.environ.update(kept)
+        with _environment(submission_environment(cluster.named())):
             return executor.map_array(_Task(function), range(num_tasks))
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"Slurm refused the job; see the cluster section of the prep spec:\n{error}") from None
 
 
-def _chosen(cluster: ClusterSpec) -> dict[str, str]:
-    values = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos}
-    return {key: value for key, value in values.items() if value}
-
-
-def _importing_what_we_do() -> str:
-    """Shell line for a checkout that is not installed: the folder of our packages goes first, as it does here."""
-    root = Path(__file__).resolve().parents[1]
-    return f'export PYTHONPATH={shlex.quote(str(root))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Inside, this process has these variables and no others, for it is the one that submits."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _last_lines(log: Path) -> str:

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.templates import RecordTemplate
 from mdseq.errors import UserError
 from mdseq.settings import Section, read_toml, resolve
+from mdseq.spec import SlurmSpec
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -21,7 +22,6 @@ Positive = Annotated[int, Field(ge=1)]
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
 SomeText = Annotated[str, Field(min_length=1)]
-OneWord = Annotated[str, Field(pattern=r"^\S*$")]
 
 SourceSplit = Literal["hash", "name", "train", "valid", "test"]
 SourceFormat = Literal["auto", "text", "lines", "jsonl", "csv", "parquet", "arrow", "code"]
@@ -134,17 +134,13 @@ class ShardsSpec(Section):
     )
 
 
-class ClusterSpec(Section):
+class ClusterSpec(SlurmSpec):
     """What each task of a Slurm job array asks for; what is empty is the cluster's default."""
 
-    partition: OneWord = Field("", description="partition")
-    account: OneWord = Field("", description="account")
-    qos: OneWord = Field("", description="quality of service")
     time_minutes: Annotated[int, Field(ge=5)] = Field(
         240, description="time limit of a task; what is unfinished is taken up again"
     )
     memory_gb: Annotated[float, Field(gt=0)] = Field(2.0, description="memory of a task")
-    setup: tuple[str, ...] = Field((), description="shell lines to run before a task")
 
 
 class PrepSpec(Section):

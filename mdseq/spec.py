@@ -30,6 +30,8 @@ SPEC_DIR = Path(__file__).resolve().parent.parent / "launcher" / "specs"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+OneWord = Annotated[str, Field(pattern=r"^\S*$")]
 
 
 class ModelSpec(Section):
@@ -88,13 +90,11 @@ class AttentionSpec(Section):
         "repeat",
         description="layer i takes entry i modulo the length, or the entries are spread over the layers, first to last",
     )
-    full_every: Annotated[int, Field(ge=0)] = Field(
-        0, description="every n-th layer attends to the whole document; 0 for none (sparse only)"
-    )
-    num_global: Annotated[int, Field(ge=0)] = Field(
+    full_every: Count = Field(0, description="every n-th layer attends to the whole document; 0 for none (sparse only)")
+    num_global: Count = Field(
         8, description="learned tokens per document that see, and are seen by, the whole document (sparse only)"
     )
-    num_source_global: Annotated[int, Field(ge=0)] = Field(
+    num_source_global: Count = Field(
         0,
         description="leading source tokens of each document that are global too, such as a question or the text to "
         "rewrite (sparse only)",
@@ -122,7 +122,7 @@ class AttentionSpec(Section):
 class ExpertsSpec(Section):
     """Routed experts in place of every block's feed-forward layer."""
 
-    num_experts: Annotated[int, Field(ge=0)] = Field(8, description="experts per block; 0 for a dense feed-forward")
+    num_experts: Count = Field(8, description="experts per block; 0 for a dense feed-forward")
     top_k: Positive = Field(2, description="experts that a token is sent to")
     feedforward_dim: Positive = Field(1024, description="inner width of one expert's SwiGLU")
     balance_weight: Annotated[float, Field(ge=0)] = Field(0.01, description="weight of each layer's load-balance loss")
@@ -302,7 +302,7 @@ class ScheduleSpec(Section):
     """How long to train, and the learning rate over time."""
 
     steps: Positive = Field(50_000, description="optimiser steps")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(500, description="steps of linear warm-up")
+    warmup_steps: Count = Field(500, description="steps of linear warm-up")
     decay: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
     final_fraction: Fraction = Field(0.0, description="learning rate at the end, as a share of the peak")
 
@@ -312,10 +312,8 @@ class CheckpointSpec(Section):
 
     interval_steps: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep_last: Positive = Field(2, description="checkpoints kept")
-    keep_every_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="also keep those of every so many steps; 0 for none"
-    )
-    keep_best: Annotated[int, Field(ge=0)] = Field(0, description="also keep so many with the lowest held-out loss")
+    keep_every_steps: Count = Field(0, description="also keep those of every so many steps; 0 for none")
+    keep_best: Count = Field(0, description="also keep so many with the lowest held-out loss")
     background: bool = Field(True, description="write while training goes on; takes memory for one copy of the state")
 
 
@@ -333,14 +331,79 @@ class ReportSpec(Section):
     """What to show while training."""
 
     log_interval_steps: Positive = Field(10, description="steps between progress lines and metrics")
-    sample_interval_steps: Annotated[int, Field(ge=0)] = Field(1000, description="steps between samples; 0 for none")
-    valid_interval_steps: Annotated[int, Field(ge=0)] = Field(
+    sample_interval_steps: Count = Field(1000, description="steps between samples; 0 for none")
+    valid_interval_steps: Count = Field(
         1000, description="steps between losses of held-out rows, if the dataset has any; 0 for none"
     )
     valid_rows: Positive = Field(64, description="held-out rows, rounded up to whole batches")
     num_samples: Positive = Field(2, description="texts per sample")
     sample_length: Annotated[int, Field(ge=2)] = Field(128, description="tokens per sample of a model of texts")
     sample_solver_steps: Positive = Field(20, description="denoiser calls per sample")
+
+
+class SlurmSpec(Section):
+    """What every job asks Slurm for."""
+
+    partition: OneWord = Field("", description="partition")
+    account: OneWord = Field("", description="account")
+    qos: OneWord = Field("", description="quality of service")
+    setup: tuple[str, ...] = Field((), description='shell lines to run first, such as ["module load cuda"]')
+
+    def named(self) -> dict[str, str]:
+        """Those of the first three that are given, by their names."""
+        values = {"partition": self.partition, "account": self.account, "qos": self.qos}
+        return {key: value for key, value in values.items() if value}
+
+
+class ClusterSpec(SlurmSpec):
+    """What `make submit` asks Slurm for; what is empty, or 0, is the cluster's default. See docs/clusters.md."""
+
+    cpu_partition: OneWord = Field("", description="partition of jobs that build data; empty: as partition")
+    nodes: Positive = Field(1, description="nodes")
+    gpus_per_node: Count = Field(8, description="GPUs of a node, one process each; 0 for nodes without")
+    ranks_per_node: Positive = Field(1, description="processes of a node without GPUs")
+    cpus_per_node: Count = Field(0, description="CPUs of a node; 0: whole nodes, which nobody else shares")
+    memory_gb_per_node: Annotated[float, Field(ge=0)] = Field(0.0, description="memory of a node; 0: all of it")
+    time_minutes: Annotated[int, Field(ge=1)] = Field(
+        1440, description="time limit of a job; an unfinished run is saved before it, and the job queued again"
+    )
+    save_seconds: Annotated[int, Field(ge=60)] = Field(
+        300, description="how long before the time limit the run is told to save"
+    )
+    restarts: Count = Field(3, description="of a run that crashes, within one job")
+    options: tuple[Annotated[str, Field(pattern=r"^--[a-z-]+(=[^\n]*)?$")], ...] = Field(
+        (), description='more options of sbatch, such as ["--constraint=h100", "--exclude=n13"]'
+    )
+    network: OneWord = Field("", description="network interface between nodes, such as ib0; empty: by their addresses")
+    container: str = Field("", description="image to run in: what pyxis or apptainer calls it; empty: none")
+    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="what starts the container")
+    container_mounts: tuple[str, ...] = Field(
+        (), description="more folders that the container sees; the checkout, the data and the run folder always are"
+    )
+    scratch: str = Field(
+        "",
+        description="folder on each node's own disk, to which the dataset is copied, and where caches go; empty: none",
+    )
+    preflight: bool = Field(False, description="check the nodes before the run")
+
+    @property
+    def ranks_of_node(self) -> int:
+        """Processes of a node."""
+        return self.gpus_per_node or self.ranks_per_node
+
+    @property
+    def num_ranks(self) -> int:
+        """World size."""
+        return self.nodes * self.ranks_of_node
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> Self:
+        if self.save_seconds >= 60 * self.time_minutes:
+            raise ValueError(
+                f"cluster.save_seconds = {self.save_seconds} leaves nothing of cluster.time_minutes = "
+                f"{self.time_minutes}; lower it, or raise time_minutes"
+            )
+        return self
 
 
 class RunSpec(Section):
@@ -357,6 +420,7 @@ class RunSpec(Section):
     checkpoint: CheckpointSpec = CheckpointSpec()
     guard: GuardSpec = GuardSpec()
     report: ReportSpec = ReportSpec()
+    cluster: ClusterSpec = ClusterSpec()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

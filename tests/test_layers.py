@@ -19,6 +19,7 @@ FLOORS = {
     "mdseq.files": -1,
     "mdseq.__version__": -1,
     "mdseq.settings": 0,
+    "mdseq.slurm": 0,
     "mdseq.kernels": 0,
     "mdseq.spec": 1,
     "mdseq.noise": 1,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mdseq.train.start import RunPlan
 
 EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4
+EXIT_NOT_MET = 6  # ranks, or nodes; another start may find all of them
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     if plan is None:
         return 0
 
+    from mdseq.engine.arrival import NotArrived
     from mdseq.train.guard import TrainingDiverged
     from mdseq.train.signals import stop_status
     from mdseq.train.start import train
@@ -47,6 +49,9 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:  # of this rank alone, perhaps
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except NotArrived as error:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_NOT_MET
     except TrainingDiverged as error:
         if rank == 0:
             print(f"error: {error}; {_where_to_go_on(plan)}", file=sys.stderr, flush=True)

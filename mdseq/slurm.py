@@ -12,6 +12,9 @@ from pathlib import Path
 
 from mdseq.errors import UserError
 
+NODES_VARIABLE = "MDSEQ_NODES"  # names of a run's nodes, with commas
+JOBS_FOLDER = "slurm"  # in a run folder: scripts and logs of the jobs that have trained it
+
 # States of a job that will not run any more.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 ENDED |= {"PREEMPTED", "REVOKED", "FORGOTTEN"}

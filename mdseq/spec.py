@@ -324,6 +324,7 @@ class GuardSpec(Section):
         10.0, description="skip steps whose loss or gradient norm exceeds so many times the median of late; 0 for none"
     )
     max_skipped: Positive = Field(20, description="steps skipped in a row, beyond which the run stops")
+    arrival_seconds: Positive = Field(600, description="how long the ranks wait for each other at the start")
     hang_seconds: Positive = Field(600, description="time without a step, after the first, that ends the run")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from mdseq.engine.arrival import ARRIVAL_SECONDS, meet_ranks
 from mdseq.engine.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -17,16 +18,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def start_processes() -> torch.device:
+def start_processes(arrival_seconds: float = ARRIVAL_SECONDS) -> torch.device:
     """Join the process group that the launcher's variables describe, or a group of one without a launcher.
+
+    Args:
+        arrival_seconds: How long to wait for all ranks.
 
     Returns:
         The device of this rank.
+
+    Raises:
+        NotArrived: They have not all come.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.constants import default_pg_timeout
 
     # DeepSpeed calls collectives by names that newer versions of torch are renaming.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -50,8 +58,17 @@ def start_processes() -> torch.device:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    backend = "nccl" if on_gpu else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend,
+            store=meet_ranks(arrival_seconds),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=default_pg_timeout,
+        )
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 

@@ -20,6 +20,7 @@ from mdseq.engine.checkpoint import CheckpointManifest, whole_checkpoints
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
 from mdseq.settings import flatten
+from mdseq.slurm import JOBS_FOLDER
 from mdseq.spec import RunSpec
 
 SPEC_FILE, LOCK_FILE = "spec.toml", "lock"
@@ -40,7 +41,7 @@ class RunFolder:
     def check_usable(self) -> None:
         """Raise UserError if the folder holds something else than a run, or cannot be written; leaves no trace."""
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        if found - {LOCK_FILE} and SPEC_FILE not in found:
+        if found - {LOCK_FILE, JOBS_FOLDER} and SPEC_FILE not in found:
             raise UserError(f"{self.path} holds files that are not a run's; choose another --output")
         existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
         try:

@@ -92,11 +92,12 @@ def train(plan: RunPlan) -> int:
         The signal that has ended the run early, or 0.
 
     Raises:
+        NotArrived: Not all ranks have come.
         UserError: A mistake that shows only now.
         TrainingDiverged: Too many steps in a row could not be taken.
         MemoryError: There is not enough; with what to lower.
     """
-    device = start_processes()
+    device = start_processes(plan.spec.guard.arrival_seconds)
     try:
         agreement = Agreement()
         with agreement.on_rank_0(plan.run.lock()):
@@ -141,6 +142,7 @@ def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
         status = StatusHook(plan.run.path, trainer.step, spec.schedule.steps, dist.get_world_size())
         hooks, hear = [*hooks, status], status.hear
     trainer.run(hooks, hear)
+    agreement.all(True)  # launchers kill the others when one is gone: nobody leaves before rank 0 has told how it ended
     return trainer.stopped_by
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,24 +19,17 @@ from data_prep.cluster import run_on_slurm
 from data_prep.spec import ClusterSpec
 from mdseq.errors import UserError
 from tests.cluster import tasks
-from tests.cluster.slurm import NODES, Slurm, wait_until
+from tests.cluster.slurm import Slurm, wait_until
 
 ROOT = Path(__file__).parents[2]
 SMALL = ClusterSpec(memory_gb=0.5, time_minutes=10)
 
 
-@pytest.fixture
-def near(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
-    """The cluster, found by this process, which is impatient; no job is left behind, and no dead node."""
-    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_LOOKS", 0.1)
     monkeypatch.setattr(cluster, "SECONDS_BETWEEN_QUESTIONS", 0.5)
     monkeypatch.setattr(cluster, "GRACE_SECONDS", 2.0)
-    yield slurm
-    slurm.run("scancel", "--user=root")
-    for node in NODES:
-        slurm.start_node(node)
-    wait_until(lambda: "down" not in map(slurm.node_state, NODES), 30, "both nodes up")
 
 
 def run(function: Callable[[int], None], folder: Path, num_tasks: int = 4, spec: ClusterSpec = SMALL) -> None:

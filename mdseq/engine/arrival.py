@@ -1,0 +1,84 @@
+"""How the ranks of a run find each other, and who is named when one does not come."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+
+from mdseq.slurm import NODES_VARIABLE
+
+ARRIVAL_SECONDS = 600.0
+LOOK_SECONDS = 0.2
+SLACK_SECONDS = 10.0  # for rank 0 to tell the others that it has given up
+
+
+class NotArrived(Exception):
+    """Ranks have not found each other, which another start may mend; the message names them."""
+
+
+def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
+    """Wait until all ranks are there; every rank calls this, with the launcher's variables set.
+
+    Returns:
+        The store of the process group, which rank 0 hosts, or torchrun's agent.
+
+    Raises:
+        NotArrived: Not all have come within `seconds`, or rank 0 cannot be reached.
+    """
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = timedelta(seconds=seconds + SLACK_SECONDS)
+    try:
+        store = TCPStore(
+            address, port, num_ranks, rank == 0 and not agent, patience, wait_for_workers=False, multi_tenant=True
+        )
+        store.set(f"arrived/{rank}", platform.node())
+        if rank == 0:
+            store.set("gathered", _gather(store, num_ranks, seconds))
+        problem = store.get("gathered").decode()
+    except dist.DistError as error:
+        if rank == 0 and "EADDRINUSE" in str(error):
+            raise NotArrived(f"port {port} of {platform.node()} is taken; give --master_port another") from None
+        reason = str(error).splitlines()[0]
+        raise NotArrived(
+            f"rank {rank} on {platform.node()} has not met rank 0 within {seconds:g} s at {address}, port {port}: see "
+            f"whether that has started, and whether a firewall stands between them ({reason})"
+        ) from None
+    if problem:
+        raise NotArrived(problem)
+    return store
+
+
+def _gather(store: Store, num_ranks: int, seconds: float) -> str:
+    """Rank 0 waits for the others; what to say if they do not come, or nothing."""
+    deadline = time.monotonic() + seconds
+    missing = set(range(num_ranks))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if not store.check([f"arrived/{rank}"])}
+        if missing:
+            time.sleep(LOOK_SECONDS)
+    if not missing:
+        return ""
+    hosts = dict.fromkeys(store.get(f"arrived/{rank}").decode() for rank in range(num_ranks) if rank not in missing)
+    return (
+        f"{_named(missing)} did not arrive within {seconds:g} s (guard.arrival_seconds); {num_ranks - len(missing)} of "
+        f"{num_ranks} ranks did, on {', '.join(hosts)}; see what the log says of the others, and whether their nodes "
+        f"can reach {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    )
+
+
+def _named(ranks: Iterable[int]) -> str:
+    """Ranks, with their nodes where the launcher has told these."""
+    nodes = list(filter(None, os.environ.get(NODES_VARIABLE, "").split(",")))
+    ranks_of_node = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return ", ".join(
+        f"rank {rank}" + (f" on {nodes[rank // ranks_of_node]}" if rank // ranks_of_node < len(nodes) else "")
+        for rank in sorted(ranks)
+    )

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
@@ -82,7 +81,7 @@ class Watch:
     def _run(self) -> None:
         first = seen = self._step()
         since, count = time.monotonic(), 0
-        with suppress(dist.DistError):  # the store is gone, and the run with it
+        try:
             while not self._over.wait(HEARTBEAT_SECONDS):
                 count += 1
                 step = self._step()
@@ -94,6 +93,9 @@ class Watch:
                 if step > first and time.monotonic() - since > self._seconds:
                     self._finish(step)
                     return
+        except dist.DistError:  # the store is gone
+            if not self._over.wait(STALE_SECONDS):
+                self._end_alone()
 
     def _tell(self, count: int, step: int) -> None:
         frame = sys._current_frames().get(self._main or 0)
@@ -101,14 +103,24 @@ class Watch:
         self._store.set(f"heartbeat/{self._rank}", json.dumps(asdict(beat)))
 
     def _finish(self, step: int) -> None:
+        # Where the link to rank 0 is cut, its store does not answer.
+        alone = threading.Timer(3 * STALE_SECONDS, self._end_alone)
+        alone.daemon = True
+        alone.start()
         before = self._all_heard()
         if self._over.wait(STALE_SECONDS):  # another rank has ended the run already
+            alone.cancel()
             return
         self._tell(2**31, step)  # this rank's own is not stale
         after = self._all_heard()
+        alone.cancel()
         if self._hear is not None:
             self._hear(after)
         print(hang_report(self._seconds, before, after), file=sys.stderr, flush=True)
+        self._end(EXIT_HUNG)
+
+    def _end_alone(self) -> None:
+        print(f"error: rank {self._rank} on {platform.node()} has lost rank 0", file=sys.stderr, flush=True)
         self._end(EXIT_HUNG)
 
     def _all_heard(self) -> list[Heartbeat | None]:
@@ -121,13 +133,14 @@ class Watch:
 
 def hang_report(seconds: float, before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> str:
     """Who holds up the run, from two rounds of heartbeats."""
+    names = [f"rank {rank}" + (f" on {beat.host}" if beat else "") for rank, beat in enumerate(after)]
     silent = [rank for rank, (b, a) in enumerate(zip(before, after, strict=True)) if a is None or a == b]
     busy = [rank for rank, beat in enumerate(after) if beat and not beat.waits and rank not in silent]
     lines = [f"error: no step for {seconds:g} s (guard.hang_seconds)"]
-    lines += [f"  rank {rank} gives no sign of life" for rank in silent]
-    lines += [f"  rank {rank} is not waiting for the others: it is at {after[rank].place}" for rank in busy]  # type: ignore[union-attr]
+    lines += [f"  {names[rank]} gives no sign of life" for rank in silent]
+    lines += [f"  {names[rank]} is not waiting for the others: it is at {after[rank].place}" for rank in busy]  # type: ignore[union-attr]
     if not silent and not busy:
-        lines += [f"  rank {rank} is at {beat.place}" for rank, beat in enumerate(after) if beat]
+        lines += [f"  {names[rank]} is at {beat.place}" for rank, beat in enumerate(after) if beat]
     return "\n".join(lines)
 
 

@@ -16,16 +16,16 @@ def test_a_rank_that_is_stopped_or_was_never_heard_of() -> None:
     report = hang_report(30, [WAITING, WAITING, None], [later(WAITING), WAITING, None])
     assert report.splitlines() == [
         "error: no step for 30 s (guard.hang_seconds)",
-        "  rank 1 gives no sign of life",
+        "  rank 1 on n1 gives no sign of life",
         "  rank 2 gives no sign of life",
     ]
 
 
 def test_a_rank_that_is_busy_with_something_else() -> None:
     report = hang_report(30, [WAITING, BUSY], [later(WAITING), later(BUSY)])
-    assert report.splitlines()[1:] == ["  rank 1 is not waiting for the others: it is at /mine/loader.py:12 (read)"]
+    assert report.splitlines()[1:] == ["  rank 1 on n1 is not waiting for the others: it is at /mine/loader.py:12 (read)"]
 
 
 def test_when_all_wait_all_are_told_of() -> None:
     report = hang_report(30, [WAITING, WAITING], [later(WAITING), later(WAITING)])
-    assert [line.split(" is at ")[0] for line in report.splitlines()[1:]] == ["  rank 0", "  rank 1"]
+    assert [line.split(" is at ")[0] for line in report.splitlines()[1:]] == ["  rank 0 on n1", "  rank 1 on n1"]

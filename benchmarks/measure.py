@@ -33,9 +33,9 @@ def peak_bytes(run: Callable[[], object]) -> int:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier would hide what the run takes
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
-    before = _resident_bytes("VmRSS")
+    before = memory_fields()["VmRSS"]
     run()
-    return max(0, _resident_bytes("VmHWM") - before)
+    return max(0, memory_fields()["VmHWM"] - before)
 
 
 def slope(lengths: Sequence[int], costs: Sequence[float]) -> float:
@@ -46,7 +46,7 @@ def slope(lengths: Sequence[int], costs: Sequence[float]) -> float:
     return covariance / sum((a - mean_x) ** 2 for a in x)
 
 
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (value,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
-    return int(value) * 1024
+def memory_fields() -> dict[str, int]:
+    """What Linux says of this process's memory, in bytes by field: VmHWM is the peak of VmRSS, the sum of the Rss's."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1] == "kB"}

@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from mdseq.cli import evaluate, export, generate, inspect, report, status
+from mdseq.cli import evaluate, export, generate, inspect, plan, report, status
+from mdseq.cli.arguments import Command
 from mdseq.errors import exit_status
 
-COMMANDS = (generate, evaluate, export, report, status, inspect)
+COMMANDS = (generate, evaluate, export, report, status, inspect, plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Knows all commands, and loads nothing heavy: a command imports what it needs when it runs."""
     parser = argparse.ArgumentParser(prog="mdseq", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
     for command in COMMANDS:
         command.add_command(commands)
     return parser

@@ -4,18 +4,44 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 # What a denoiser's output may be taken for (mdseq/diffusion/estimates.py, which would load torch).
 ESTIMATES = ("output", "softmax", "posterior")
 PROCESSES = ("noise", "absorbing")
 
 
+class Command(argparse.ArgumentParser):
+    """Of a command.
+
+    Attributes:
+        intermixed: Whether options may stand between the arguments. argparse can do it where there are no commands
+            within the command.
+    """
+
+    intermixed = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[Any, list[str]]:
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # it calls this in turn
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
+
+
 def at_least(least: int) -> Callable[[str], int]:
     """An integer of `least` or more."""
 
     def integer(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give {least} or more") from None
         if value < least:
             raise argparse.ArgumentTypeError(f"{value} is not allowed; give {least} or more")
         return value

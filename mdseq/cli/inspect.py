@@ -15,6 +15,7 @@ def add_command(commands: Any) -> None:
     subjects = command.add_subparsers(required=True, metavar="SUBJECT")
     command = subjects.add_parser("attention", help="masks, receptive field and cost of each layer; a table and a PNG")
     command.set_defaults(command=inspect_attention)
+    command.intermixed = True
     command.add_argument("spec", type=Path, metavar="SPEC", help="a TOML file, the name of a preset, or a run folder")
     command.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
     row = command.add_mutually_exclusive_group()

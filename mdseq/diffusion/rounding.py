@@ -20,16 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from mdseq.data.tokenizer import SpecialToken
 from mdseq.kernels import softmax_numerators, softmax_slope
+from mdseq.kernels.softmax import CHUNK_LOGITS, CHUNK_LOGITS_ON_GPU
 from mdseq.model.denoiser import Vocabulary
 
 # What never stands in a target, and so must never be generated.
 NOT_TARGETS: list[int] = [SpecialToken.PAD, SpecialToken.UNK, SpecialToken.BOS, SpecialToken.SEP]
-
-# 32 MiB in fp32. Alone on a CPU, chunks of 8 to 32 MiB are about as fast; where threads are more than free cores, each
-# operation waits for the last thread, and the fewer there are, the better.
-CHUNK_LOGITS = 2**23
-# 256 MiB, little beside a GPU's memory. Each chunk is a dozen kernels, and they must take longer than to launch them.
-CHUNK_LOGITS_ON_GPU = 2**26
 
 
 def cross_entropy(x_nz: Tensor, vocabulary: Vocabulary, token_n: Tensor, weight_n: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from mdseq.errors import UserError
 from mdseq.spec import RunSpec
 
 AUTO = "auto"
+DS_CONFIG_DIR = Path(__file__).resolve().parents[2] / "ds_configs"  # those that ship with mdseq
 
 # AutoEP replaces our `RoutedExperts`, found by these names, by its own layer (see mdseq/model/experts.py).
 _ADOPTED_LAYER = {
@@ -80,7 +81,17 @@ def load_engine_config(path: Path, spec: RunSpec, num_ranks: int, on_gpu: bool) 
     Raises:
         UserError: Naming every contradiction at once, with both places.
     """
-    values = _read_json(path)
+    return complete_engine_config(read_json(path), str(path), spec, num_ranks, on_gpu)
+
+
+def complete_engine_config(
+    values: dict[str, Any], origin: str, spec: RunSpec, num_ranks: int, on_gpu: bool
+) -> EngineConfig:
+    """As `load_engine_config`, of a ds_config that has been read; changes `values`.
+
+    Args:
+        origin: What messages call it.
+    """
     problems: list[str] = []
     _check_sections(values, problems)
     micro_batches = _count_micro_batches(spec, num_ranks, problems)
@@ -90,11 +101,12 @@ def load_engine_config(path: Path, spec: RunSpec, num_ranks: int, on_gpu: bool) 
     expert_parallel_size = _complete_experts(values, spec, num_ranks, on_gpu, problems)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} in {path} with this run spec:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UserError(f"{count} in {origin} with this run spec:\n" + "\n".join(f"  {problem}" for problem in problems))
     return EngineConfig(values, num_ranks, expert_parallel_size, micro_batches)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises UserError: it is not there, or something else."""
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.json"))) or "none in that folder"
         raise UserError(f"no ds_config at {path}; found: {known}")
@@ -115,10 +127,15 @@ def _check_sections(values: dict[str, Any], problems: list[str]) -> None:
             values[section] = replacement
 
 
-def _count_micro_batches(spec: RunSpec, num_ranks: int, problems: list[str]) -> int:
+def nearest_batch_size(spec: RunSpec, num_ranks: int) -> int:
+    """Rows a step that this many ranks can share; data.batch_size itself if they can."""
     rows = spec.data.micro_batch_size * num_ranks
-    if spec.data.batch_size % rows:
-        nearest = rows * max(1, round(spec.data.batch_size / rows))
+    return rows * max(1, round(spec.data.batch_size / rows))
+
+
+def _count_micro_batches(spec: RunSpec, num_ranks: int, problems: list[str]) -> int:
+    rows, nearest = spec.data.micro_batch_size * num_ranks, nearest_batch_size(spec, num_ranks)
+    if spec.data.batch_size != nearest:
         problems.append(
             f"data.batch_size = {spec.data.batch_size} must be a multiple of data.micro_batch_size = "
             f"{spec.data.micro_batch_size} times the number of ranks = {num_ranks}; the nearest is {nearest}"

@@ -1,4 +1,8 @@
-"""What a model costs, by arithmetic: parameters, attention and memory, before anything is built."""
+"""What a model costs, by arithmetic: parameters, attention and activations, before anything is built.
+
+Shapes: z embedding dimension, d hidden dimension, f inner dimension of a feed-forward layer, v vocabulary, s slots of a
+row: global, then tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
+from mdseq.kernels.softmax import CHUNK_LOGITS, CHUNK_LOGITS_ON_GPU
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.sparse import Documents, Pattern
 from mdseq.sparse.count import forward_flops, visible_pairs
 from mdseq.spec import RunSpec
+
+
+ASSUMED_VOCAB_SIZE = 16_384  # where there is no dataset to ask
 
 
 @dataclass(frozen=True)
@@ -69,42 +77,46 @@ def attention_cost(config: DenoiserConfig, row_length: int) -> AttentionCost:
     return AttentionCost(forward_flops(pairs, head_dim), pairs / dense)
 
 
-def memory_per_rank(
-    config: DenoiserConfig,
-    spec: RunSpec,
-    zero_stage: int,
-    num_ranks: int,
-    expert_parallel_size: int,
-    offloads_optimiser: bool,
-) -> dict[str, float]:
-    """Estimated GiB on the device of one rank, by component.
+def activation_bytes(config: DenoiserConfig, spec: RunSpec, *, on_gpu: bool, spread_experts: bool = False) -> int:
+    """What the backward pass keeps of one micro-batch on a rank's device, where documents fill their rows.
 
-    State is exact arithmetic. Activations count what the backward pass keeps for one micro-batch, with the kernels of a
-    GPU (plain PyTorch keeps more): of each layer about 9 d per token for attention and norms, 3 f and d per token and
-    chosen expert, or with activation checkpointing the d of its input, and one layer as above at a time; and about
-    eight embeddings a token in fp32, from the noise to the scores. Logits of the vocabulary exist a chunk at a time,
-    and are left out; so is what the process holds besides, such as libraries and buffers for communication.
+    It is counted from what each operation saves, so it differs between the kernels of a GPU and plain PyTorch on a CPU.
+    A slot of a layer keeps, in values of the model's type:
+
+        inputs and results of norms, projections, rotation and attention    9 d, on a CPU 10 d
+        a dense SwiGLU                                                      d + 3 f, on a CPU 4 f
+        an expert, for each of the top_k                                    d + 3 f, on a CPU d + 5 f
+        an expert that is spread over ranks (AutoEP), for each              2 d + 3 f, on a CPU 2 d + 4 f
+
+    With activation checkpointing it keeps its d inputs, or with "offload" two layers' of them (one in use, one on its
+    way), and one layer as above at a time. Besides, in fp32: some eight embeddings a token between noise and scores, and
+    on a CPU the layers before and after the blocks; three embeddings of each token of the vocabulary; and the logits of
+    one chunk.
+
+    Args:
+        spread_experts: Whether experts are spread over ranks; a rank is taken to receive as many tokens as it sends.
     """
-    parameters = count_parameters(config, spec.diffusion.absorbing)
-    value_bytes = 2 if spec.optimiser.precision == "bf16" else 4
-    share = 1 / num_ranks
-    # Experts are spread over the ranks that share them; stages 1 to 3 shard what is left over the others.
-    hosted = parameters.shared + parameters.experts / expert_parallel_size
-    sharded = parameters.total * share
-    tokens = spec.data.micro_batch_size * spec.data.row_length
-    d, layers = config.hidden_dim, config.num_layers
-    chosen = config.top_k if config.num_experts else 1
-    per_token_layer = 9 * d + (3 * config.feedforward_dim + d) * chosen
-    per_token = {
-        "none": layers * per_token_layer,
-        "recompute": layers * d + per_token_layer,
-        "offload": min(layers, 2) * d + per_token_layer,  # one input in use, one being fetched
+    z, d, f = config.embedding_dim, config.hidden_dim, config.feedforward_dim
+    rows, length = spec.data.micro_batch_size, spec.data.row_length
+    tokens, slots = rows * length, rows * (length + config.num_global)
+    if not config.num_experts:
+        feedforward = d + 3 * f if on_gpu else 4 * f
+    elif spread_experts:
+        feedforward = config.top_k * (2 * d + (3 if on_gpu else 4) * f)
+    else:
+        feedforward = config.top_k * (d + (3 if on_gpu else 5) * f)
+    layer = (9 if on_gpu else 10) * d + feedforward
+    of_slot = {
+        "none": config.num_layers * layer,
+        "recompute": config.num_layers * d + layer,
+        "offload": (min(config.num_layers, 2) if on_gpu else config.num_layers) * d + layer,
     }[spec.model.activation_checkpointing]
-    parts = {
-        "weights": (sharded if zero_stage == 3 else hosted) * value_bytes,
-        "gradients": (sharded if zero_stage >= 2 else hosted) * value_bytes,
-        "optimiser": 0.0 if offloads_optimiser else sharded * (8 + 4),  # two moments and the fp32 weights
-        "average": 0.0 if offloads_optimiser else sharded * 4,
-        "activations": tokens * (per_token * value_bytes + 8 * 4 * config.embedding_dim),
-    }
-    return {name: size / 2**30 for name, size in parts.items()}
+    around = 8 * z if on_gpu else 17 * z + 5 * d
+    chunk_logits = min(CHUNK_LOGITS_ON_GPU if on_gpu else CHUNK_LOGITS, tokens * config.vocab_size)
+    in_fp32 = tokens * around + 3 * z * config.vocab_size + chunk_logits
+    return slots * of_slot * value_bytes(spec) + in_fp32 * 4
+
+
+def value_bytes(spec: RunSpec) -> int:
+    """Of a weight, a gradient or an activation in the type that the model is trained in."""
+    return 2 if spec.optimiser.precision == "bf16" else 4

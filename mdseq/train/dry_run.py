@@ -13,15 +13,14 @@ from mdseq.data.corpus import Corpus
 from mdseq.data.lengths import check_sources
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.engine.config import EngineConfig
+from mdseq.engine.memory import estimate_memory
 from mdseq.errors import UserError
-from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
+from mdseq.model.cost import ASSUMED_VOCAB_SIZE, attention_cost, count_parameters
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.settings import Resolved
 from mdseq.spec import RunSpec
 from mdseq.train.attention import choose_attention
 from mdseq.train.rows import Rows
-
-ASSUMED_VOCAB_SIZE = 16_384
 
 
 def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
@@ -59,15 +58,19 @@ def print_dry_run(resolved: Resolved[RunSpec], engine: EngineConfig) -> None:
     size.add_row("tokens in all", f"{spec.schedule.steps * spec.data.batch_size * spec.data.row_length:,}")
     console.print(size)
 
-    memory = memory_per_rank(
-        config, spec, engine.zero_stage, engine.num_ranks, engine.expert_parallel_size, engine.offloads_optimiser
-    )
-    estimate = Table("memory per rank, estimated", "GiB", title_justify="left")
-    for name, gib in memory.items():
-        estimate.add_row(name, f"{gib:.3f}")
+    on_gpu = torch.cuda.is_available()
+    memory = estimate_memory(config, spec, engine, on_gpu=on_gpu)
+    title = f"memory per rank on {'a GPU' if on_gpu else 'CPUs, as here'}, estimated"
+    estimate = Table(title, "GiB", title_justify="left")
+    for name, num_bytes in memory.parts.items():
+        estimate.add_row(name, f"{num_bytes / 2**30:.3f}")
     estimate.add_section()
-    estimate.add_row("sum", f"{sum(memory.values()):.3f}")
+    estimate.add_row("sum", f"{memory.total / 2**30:.3f}")
+    if on_gpu:
+        estimate.add_row("besides, in CPU memory", f"{memory.on_host / 2**30:.3f}")
     console.print(estimate)
+    if not on_gpu:
+        console.print("`mdseq plan` estimates it for GPUs")
 
 
 def _attention_engine(spec: RunSpec) -> str:

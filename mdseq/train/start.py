@@ -32,7 +32,7 @@ from mdseq.train.attention import choose_attention
 from mdseq.train.held_out import Probe, Validation
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook, ValidationHook
 from mdseq.train.loop import Hook, Trainer
-from mdseq.train.memory import is_out_of_memory, memory_advice
+from mdseq.train.memory import is_out_of_memory, out_of_memory
 from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
 from mdseq.train.status import StatusHook
@@ -105,7 +105,8 @@ def train(plan: RunPlan) -> int:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(memory_advice(plan.spec, plan.engine, plan.corpus.manifest.vocab_size)) from error
+        vocab_size = plan.corpus.manifest.vocab_size
+        raise MemoryError(out_of_memory(plan.spec, plan.engine, vocab_size, on_gpu=device.type == "cuda")) from error
     finally:
         stop_processes()
 

@@ -25,6 +25,7 @@ from mdseq.engine.memory import Memory, estimate_memory
 from mdseq.model.cost import count_parameters
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.spec import RunSpec, load_spec
+from tests.conftest import WORDS
 from tests.dist.ranks import run_ranks, train
 
 VOCAB = 600
@@ -125,10 +126,10 @@ def _dataset(folder: Path) -> Path:
     from data_prep.run import Where, build
     from data_prep.spec import load_prep_spec
 
-    words = "the river runs past an old mill where seven grey cats watch silver fish and dream of snow".split()
-    texts = [" ".join(words[(n * k) % len(words)] for k in range(1, 200)) for n in range(1, 300)]
+    texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 200)) for n in range(1, 300)]
     (folder / "in.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    build(load_prep_spec([str(folder / "in.txt")], {}, {}, [f"vocabulary.size={VOCAB}"]), folder / "data", Where(workers=1))
+    spec = load_prep_spec([str(folder / "in.txt")], {}, {}, [f"vocabulary.size={VOCAB}"])
+    build(spec, folder / "data", Where(workers=1))
     return folder / "data"
 
 

@@ -49,15 +49,16 @@ def plan(options: argparse.Namespace) -> None:
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(
         f"{count.total:,} parameters, {count.active:,} active for a token; vocabulary of {vocab_size:,}; "
-        f"{wanted.optimiser.precision}. Estimated GiB of a rank, whose GPU has {options.gpu_memory_gib:g}: by ZeRO stage, "
-        f"ranks that experts are spread over, and part; and sent by it in a step, within a node of "
-        f"{options.gpus_per_node} GPUs and between nodes",
+        f"{wanted.optimiser.precision}. Estimated GiB of a rank, whose GPU has {options.gpu_memory_gib:g}: of each "
+        "part, by ZeRO stage and ranks that experts are spread over; and sent by it in a step, within a node of "
+        f"{options.gpus_per_node} GPUs and between nodes"
     )
     for num_gpus in options.gpus:
         spec = with_nearest_batch(wanted, num_gpus)
         found = choices(spec, vocab_size, num_gpus, options.gpus_per_node)
         best = recommended(found, memory_bytes)
-        console.print(f"\n[bold]{num_gpus} {'GPU' if num_gpus == 1 else 'GPUs'}[/bold]: {_rows(wanted, spec, num_gpus)}")
+        gpus = "1 GPU" if num_gpus == 1 else f"{num_gpus:,} GPUs"
+        console.print(f"\n[bold]{gpus}[/bold]: {_rows(wanted, spec, num_gpus)}")
         console.print(_table(found, best, memory_bytes, spread=spec.experts.num_experts > 0))
         if best is not None:
             console.print(f"take {_how(best)}: {_why(best)}")
@@ -70,10 +71,11 @@ def plan(options: argparse.Namespace) -> None:
 
 def _rows(wanted: RunSpec, spec: RunSpec, num_gpus: int) -> str:
     data = spec.data
-    micro_batches = data.batch_size // (data.micro_batch_size * num_gpus)
+    count = data.batch_size // (data.micro_batch_size * num_gpus)
+    micro_batches = "1 micro-batch" if count == 1 else f"{count} micro-batches"
     text = (
-        f"{data.batch_size:,} rows of {data.row_length:,}, {micro_batches} "
-        f"{'micro-batch' if micro_batches == 1 else 'micro-batches'} of {data.micro_batch_size} a rank, {data.batch_size * data.row_length:,} tokens a step"
+        f"{data.batch_size:,} rows of {data.row_length:,}, {micro_batches} of {data.micro_batch_size} a rank, "
+        f"{data.batch_size * data.row_length:,} tokens a step"
     )
     if data.batch_size != wanted.data.batch_size:
         text += (

@@ -24,7 +24,7 @@ def memory_advice(spec: RunSpec, engine: EngineConfig, vocab_size: int, *, on_gp
         return estimate_memory(DenoiserConfig.of(spec, vocab_size), spec, engine, on_gpu=on_gpu).total
 
     now = total(spec, engine)
-    savings = [(now - total(*changed), text) for text, *changed in _changes(spec, engine, on_gpu)]
+    savings = [(now - total(changed, other), text) for text, changed, other in _changes(spec, engine, on_gpu)]
     return [f"{text} saves about {saved / GIB:.2f} GiB" for saved, text in sorted(savings, reverse=True) if saved > 0]
 
 

@@ -101,7 +101,8 @@ def complete_engine_config(
     expert_parallel_size = _complete_experts(values, spec, num_ranks, on_gpu, problems)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{count} in {origin} with this run spec:\n" + "\n".join(f"  {problem}" for problem in problems))
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise UserError(f"{count} in {origin} with this run spec:\n{listed}")
     return EngineConfig(values, num_ranks, expert_parallel_size, micro_batches)
 
 

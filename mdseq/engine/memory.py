@@ -137,7 +137,7 @@ def _moments_of_stages_1_and_2(
     buckets = (bucket * num_buckets if on_gpu else in_use) * value
     copied, shares = in_use * value, 0 if _offloads(engine, on_gpu) else held.share * value
     early = bucket < held.whole  # a bucket is full while most activations are still there
-    if engine.zero_stage == 1:  # all is reduced at the end of the last backward pass, and leaves its memory for the bucket
+    if engine.zero_stage == 1:  # all is reduced in the last backward pass, and leaves its own memory for the bucket
         accumulated = held.whole * value if engine.micro_batches > 1 else 0
         waiting = (held.whole - in_use) * value
     else:
@@ -178,9 +178,7 @@ def _moments_of_stage_3(
     group = min(held.share, int(zero.get("sub_group_size", _GRADIENT_GROUP_ELEMENTS)))
     flattened = group * (FP32_BYTES + (value if value != FP32_BYTES else 0))
     step = replace(base, gradients=gradients + (0 if _offloads(engine, on_gpu) else flattened), buffers=buckets)
-    start = replace(
-        base, weights=(held.whole + held.share) * value, optimiser=0, average=0, checkpoint=0
-    )
+    start = replace(base, weights=(held.whole + held.share) * value, optimiser=0, average=0, checkpoint=0)
     return [forward, reduction, step, start]
 
 

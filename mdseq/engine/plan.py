@@ -14,8 +14,8 @@ from mdseq.spec import RunSpec
 
 SPARE = 0.1  # share of a GPU's memory for what is not counted
 
-# Of each ZeRO stage, the ds_config without experts spread, and the one with. Stage 1 with the rest of zero2.json reduces
-# gradients once a step, beside the last backward pass.
+# Of each ZeRO stage, the ds_config without experts spread, and the one with. With the rest of zero2.json, stage 1
+# reduces gradients once a step, beside the last backward pass.
 _FILES = {1: ("zero2.json", "zero2.json"), 2: ("zero2.json", "zero2.json"), 3: ("zero3.json", "zero3_experts.json")}
 _OFFLOAD = "zero3_offload.json"
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mdseq.kernels.launch import has_kernels
 
-# Logits that exist at a time: 32 MiB in fp32. Alone on a CPU, chunks of 8 to 32 MiB are about as fast; where threads are
-# more than free cores, each operation waits for the last thread, and the fewer there are, the better.
+# Logits that exist at a time: 32 MiB in fp32. Alone on a CPU, chunks of 8 to 32 MiB are about as fast; where threads
+# are more than free cores, each operation waits for the last thread, and the fewer there are, the better.
 CHUNK_LOGITS = 2**23
 # 256 MiB, little beside a GPU's memory. Each chunk is a dozen kernels, and they must take longer than to launch them.
 CHUNK_LOGITS_ON_GPU = 2**26

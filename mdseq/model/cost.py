@@ -16,7 +16,6 @@ from mdseq.sparse import Documents, Pattern
 from mdseq.sparse.count import forward_flops, visible_pairs
 from mdseq.spec import RunSpec
 
-
 ASSUMED_VOCAB_SIZE = 16_384  # where there is no dataset to ask
 
 
@@ -88,10 +87,10 @@ def activation_bytes(config: DenoiserConfig, spec: RunSpec, *, on_gpu: bool, spr
         an expert, for each of the top_k                                    d + 3 f, on a CPU d + 5 f
         an expert that is spread over ranks (AutoEP), for each              2 d + 3 f, on a CPU 2 d + 4 f
 
-    With activation checkpointing it keeps its d inputs, or with "offload" two layers' of them (one in use, one on its
-    way), and one layer as above at a time. Besides, in fp32: some eight embeddings a token between noise and scores, and
-    on a CPU the layers before and after the blocks; three embeddings of each token of the vocabulary; and the logits of
-    one chunk.
+    With activation checkpointing it keeps its d inputs, or with "offload" those of two layers (one in use, one on its
+    way), and one layer as above at a time. Besides, in fp32: some eight embeddings a token between noise and scores,
+    and on a CPU what is before and after the blocks, 17 z + 5 d in all; three embeddings of each token of the
+    vocabulary; and the logits of one chunk.
 
     Args:
         spread_experts: Whether experts are spread over ranks; a rank is taken to receive as many tokens as it sends.

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from mdseq.diffusion.absorbing import AbsorbingState
-from mdseq.model.cost import attention_cost, count_parameters, memory_per_rank
+from mdseq.diffusion.objective import DiffusionObjective
+from mdseq.model.cost import activation_bytes, attention_cost, count_parameters
 from mdseq.model.denoiser import Denoiser, DenoiserConfig
-from mdseq.spec import RunSpec, load_spec, preset_names
+from mdseq.spec import load_spec, preset_names
+from tests.diffusion.batches import make_batch
 
 VOCAB = 1000
 
@@ -43,10 +47,6 @@ def test_parameters_are_those_of_the_modules(preset: str, overrides: list[str]) 
     assert count.active == count.shared + share * expert
 
 
-def memory(spec: RunSpec, stage: int, ranks: int, expert_ranks: int = 1, offload: bool = False) -> dict:
-    return memory_per_rank(DenoiserConfig.of(spec, VOCAB), spec, stage, ranks, expert_ranks, offload)
-
-
 def test_attention_costs_what_its_patterns_make_visible() -> None:
     spec = load_spec(Path("diffuseq"), ["data.row_length=32"]).spec
     full = attention_cost(DenoiserConfig.of(spec, VOCAB), row_length=32)
@@ -61,73 +61,75 @@ def test_attention_costs_what_its_patterns_make_visible() -> None:
     assert sparse.of_dense == pytest.approx(pairs / (12 * 32 * 32))
 
 
-SPEC = load_spec(Path("moe_diffuseq")).spec
-GIB = 2**30
+def kept_bytes(*overrides: str) -> int:
+    """What a forward pass of one row, which one document fills, keeps for the backward pass besides the weights."""
+    spec = load_spec(Path("quickstart"), [*overrides, *ONE_ROW]).spec
+    torch.manual_seed(0)
+    objective = DiffusionObjective(spec, VOCAB)
+    weights = {weight.untyped_storage().data_ptr() for weight in objective.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        loss = objective(make_batch([[(0, LENGTH)]], row_length=LENGTH))
+    assert loss.requires_grad
+    return sum(num_bytes for start, num_bytes in kept.items() if start not in weights)
 
 
-def test_one_rank_holds_everything() -> None:
-    parts = memory(SPEC, stage=1, ranks=1)
-    total = count_parameters(DenoiserConfig.of(SPEC, VOCAB), absorbing=True).total
-    expected = {"weights": 4, "gradients": 4, "optimiser": 12, "average": 4}
-    for name, bytes_per_weight in expected.items():
-        assert parts[name] * GIB == pytest.approx(total * bytes_per_weight)
+LENGTH = 400  # long enough for the attention of long rows
+ONE_ROW = [f"data.row_length={LENGTH}", "data.micro_batch_size=1"]
 
 
-def test_each_stage_shards_one_part_more() -> None:
-    whole = memory(SPEC, stage=1, ranks=1)
-    sharded_parts = {
-        1: {"optimiser", "average"},
-        2: {"optimiser", "average", "gradients"},
-        3: {"optimiser", "average", "gradients", "weights"},
-    }
-    for stage, sharded in sharded_parts.items():
-        parts = memory(SPEC, stage, ranks=4)
-        for name, gib in parts.items():
-            assert gib == pytest.approx(whole[name] / 4 if name in sharded else whole[name]), (stage, name)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["experts.num_experts=0"],
+        ["experts.top_k=1"],
+        ["model.hidden_dim=256", "model.num_layers=2"],
+        ["experts.feedforward_dim=1024"],
+        ["model.norm=post"],
+        ["model.activation_checkpointing=recompute"],
+    ],
+    ids=str,
+)
+def test_activations_are_what_a_cpu_keeps(overrides: list[str]) -> None:
+    spec = load_spec(Path("quickstart"), [*overrides, *ONE_ROW]).spec
+    config = DenoiserConfig.of(spec, VOCAB)
+    expected = activation_bytes(config, spec, on_gpu=False)
+    if spec.model.activation_checkpointing == "none":
+        expected -= LENGTH * VOCAB * 4  # logits, which are gone when the forward pass ends
+        assert kept_bytes(*overrides) == pytest.approx(expected, rel=0.05)
+    else:  # one layer at a time is computed again in the backward pass, and is not yet there
+        assert kept_bytes(*overrides) < expected
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_more_ranks_never_cost_more(stage: int) -> None:
-    for expert_parallel in (False, True):
-        previous = memory(SPEC, stage, 1)
-        for ranks in (2, 4, 8):
-            parts = memory(SPEC, stage, ranks, expert_ranks=ranks if expert_parallel else 1)
-            assert all(parts[name] <= previous[name] for name in parts)
-            assert sum(parts.values()) < sum(previous.values())
-            previous = parts
+def activations(*overrides: str, preset: str = "moe_diffuseq", on_gpu: bool = True, spread: bool = False) -> int:
+    spec = load_spec(Path(preset), overrides).spec
+    return activation_bytes(DenoiserConfig.of(spec, VOCAB), spec, on_gpu=on_gpu, spread_experts=spread)
 
 
-def test_expert_parallelism_spreads_the_experts_of_the_weights() -> None:
-    count = count_parameters(DenoiserConfig.of(SPEC, VOCAB), absorbing=True)
-    parts = memory(SPEC, stage=1, ranks=4, expert_ranks=4)
-    assert parts["weights"] * GIB == pytest.approx(4 * (count.shared + count.experts / 4))
-
-
-def test_offload_takes_the_optimiser_off_the_device() -> None:
-    with_it, without = (memory(SPEC, stage=3, ranks=2, offload=offload) for offload in (False, True))
-    assert without["optimiser"] == without["average"] == 0
-    assert {**with_it, "optimiser": 0.0, "average": 0.0} == without
-
-
-def test_bf16_halves_the_weights_and_activations_grow_with_the_tokens() -> None:
-    half = load_spec(Path("moe_diffuseq"), ["optimiser.precision=bf16"]).spec
-    assert memory(half, 1, 1)["weights"] == pytest.approx(memory(SPEC, 1, 1)["weights"] / 2)
-
-    def activations(*overrides: str) -> float:
-        return memory(load_spec(Path("moe_diffuseq"), overrides).spec, 1, 1)["activations"]
-
-    assert activations("data.row_length=8192") == pytest.approx(2 * activations("data.row_length=4096"))
-    assert activations("data.micro_batch_size=4") == pytest.approx(4 * activations())
+def test_activations_of_a_gpu_by_hand() -> None:
+    """A row of 92 tokens and 8 global slots: 12 layers of 768 with two experts of 1,024 a slot."""
+    in_fp32 = 4 * (92 * 8 * 128 + 3 * 128 * VOCAB + 92 * VOCAB)
+    expert = 768 + 3 * 1024
+    assert activations("data.row_length=92") == 4 * 100 * 12 * (9 * 768 + 2 * expert) + in_fp32
+    half = activations("data.row_length=92", "optimiser.precision=bf16")
+    assert half == 2 * 100 * 12 * (9 * 768 + 2 * expert) + in_fp32
+    spread = activations("data.row_length=92", spread=True)
+    assert spread == 4 * 100 * 12 * (9 * 768 + 2 * (expert + 768)) + in_fp32
+    assert activations("data.row_length=92", "data.batch_size=1") == activations("data.row_length=92")
 
 
 def test_activation_checkpointing_leaves_the_inputs_of_the_blocks_and_one_block() -> None:
-    def activations(mode: str, num_layers: int) -> float:
-        changes = [f"model.activation_checkpointing={mode}", f"model.num_layers={num_layers}"]
-        return memory(load_spec(Path("moe_diffuseq"), changes).spec, 1, 1)["activations"] * GIB
+    def of(mode: str, num_layers: int) -> int:
+        return activations(f"model.activation_checkpointing={mode}", f"model.num_layers={num_layers}")
 
-    tokens, value_bytes, hidden = SPEC.data.row_length, 4, SPEC.model.hidden_dim
-    inputs = tokens * value_bytes * hidden
-    assert activations("recompute", 12) - activations("recompute", 11) == pytest.approx(inputs)
-    assert activations("recompute", 12) - activations("offload", 12) == pytest.approx(10 * inputs)
-    assert activations("offload", 12) == pytest.approx(activations("offload", 2))
-    assert activations("recompute", 1) == pytest.approx(activations("none", 1) + inputs)
+    inputs = (4096 + 8) * 4 * 768
+    assert of("recompute", 12) - of("recompute", 11) == inputs
+    assert of("recompute", 12) - of("offload", 12) == 10 * inputs
+    assert of("offload", 12) == of("offload", 2)
+    assert of("recompute", 1) == of("none", 1) + inputs

@@ -69,7 +69,7 @@ def bytes_of(mode: str, num_layers: int) -> int:
 
 
 def test_a_layer_more_costs_its_input_and_no_more() -> None:
-    """As `memory_per_rank` has it."""
+    """As `activation_bytes` has it."""
     per_layer = {mode: (bytes_of(mode, 6) - bytes_of(mode, 2)) / 4 for mode in ("none", "recompute")}
     slots, value_bytes, hidden, experts = 8 * len(PACKED) * (24 + 3), 4, 16, 4
     for_balance = 4 * experts  # router logits, and what the losses of their balance make of them

@@ -61,7 +61,7 @@ def plan(options: argparse.Namespace) -> None:
         console.print(f"\n[bold]{gpus}[/bold]: {_rows(wanted, spec, num_gpus)}")
         console.print(_table(found, best, memory_bytes, spread=spec.experts.num_experts > 0))
         if best is not None:
-            console.print(f"take {_how(best)}: {_why(best)}")
+            console.print(f"take {_how(best)}: {_why(best, found, memory_bytes)}")
             continue
         least = min(found, key=lambda choice: choice.memory.total)
         console.print(f"nothing fits with a tenth to spare; the least is {_how(least)}. Of its memory,")
@@ -97,7 +97,7 @@ def _table(found: Sequence[Choice], best: Choice | None, memory_bytes: float, *,
     for name in (*(["experts\nover"] if spread else []), *parts, "sum", *of_experts, *others):
         table.add_column(name, justify="right", no_wrap=True)
     for choice in found:
-        memory, sent = choice.memory, choice.communication
+        memory, sent = choice.memory, choice.communication.all
         fits = "yes" if choice.fits(memory_bytes) else "tight" if memory.total <= memory_bytes else "no"
         table.add_row(
             f"{choice.engine.zero_stage}{' offload' if choice.engine.offloads_optimiser else ''}"
@@ -113,24 +113,23 @@ def _table(found: Sequence[Choice], best: Choice | None, memory_bytes: float, *,
     return table
 
 
-def _gib(num_bytes: int) -> str:
+def _gib(num_bytes: float) -> str:
     return f"{num_bytes / GIB:.2f}"
 
 
 def _how(choice: Choice) -> str:
     """What to give `--ds_config`."""
-    addition = f" with {choice.addition}" if choice.addition else ""
-    return f"ds_configs/{choice.file}{addition}"
+    additions = f" with {' and '.join(choice.additions)}" if choice.additions else ""
+    return f"ds_configs/{choice.file}{additions}"
 
 
-def _why(choice: Choice) -> str:
-    reasons = (
-        "weights and experts fit whole, so no layer waits for another rank",
-        "experts do not fit whole, so tokens travel to them; the other weights do",
-        "weights do not fit whole; tokens travel to experts rather than experts to tokens",
-        "weights do not fit whole",
-        "only with the optimiser in CPU memory does it fit",
+def _why(choice: Choice, found: Sequence[Choice], memory_bytes: float) -> str:
+    num_fitting = sum(one.fits(memory_bytes) for one in found)
+    if choice.engine.offloads_optimiser:
+        return "only with the optimiser in CPU memory does it fit"
+    sent, parts = choice.communication.all, choice.communication
+    kinds = {"gradients and updated weights": parts.updates, "tokens": parts.tokens, "gathered weights": parts.gathered}
+    listed = ", ".join(f"{_gib(traffic.total)} GiB of {name}" for name, traffic in kinds.items() if traffic.total)
+    return f"of the {num_fitting} that fit with a tenth to spare it waits least for what is sent" + (
+        f" in a step, {listed}" if sent.total else ""
     )
-    sent = choice.communication
-    between = f", {_gib(sent.between_nodes)} between nodes" if sent.between_nodes else ""
-    return f"{reasons[choice.waits]}; a rank sends {_gib(sent.total)} GiB a step{between}"

@@ -12,20 +12,37 @@ from mdseq.spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Communication:
-    """Bytes that a rank sends in a step.
+class Traffic:
+    """Bytes that a rank sends in a step, to ranks of its own node and of others."""
 
-    Attributes:
-        within_nodes: In groups of ranks that fit in a node.
-        between_nodes: In groups that do not, whichever way the bytes go.
-    """
+    within_nodes: float = 0.0
+    between_nodes: float = 0.0
 
-    within_nodes: int
-    between_nodes: int
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.within_nodes + other.within_nodes, self.between_nodes + other.between_nodes)
 
     @property
-    def total(self) -> int:
+    def total(self) -> float:
         return self.within_nodes + self.between_nodes
+
+
+@dataclass(frozen=True)
+class Communication:
+    """What a rank sends in a step, by who waits for it.
+
+    Attributes:
+        updates: Gradients, and weights after the step: beside the backward pass, or once a step.
+        tokens: To experts and back; a layer waits for them.
+        gathered: Weights of ZeRO-3; each layer waits for its own.
+    """
+
+    updates: Traffic
+    tokens: Traffic
+    gathered: Traffic
+
+    @property
+    def all(self) -> Traffic:
+        return self.updates + self.tokens + self.gathered
 
 
 def estimate_communication(
@@ -40,25 +57,31 @@ def estimate_communication(
     that host the same experts are as far apart.
     """
     count = count_parameters(config, spec.diffusion.absorbing)
-    ranks, shared_by = engine.num_ranks, engine.expert_parallel_size
+    ranks, shared_by, value = engine.num_ranks, engine.expert_parallel_size, value_bytes(spec)
     held = HostedParameters.of(count, ranks, shared_by)
-    value, micro_batches = value_bytes(spec), engine.micro_batches
+    passes_of_updates, passes_of_gathered = engine.micro_batches * 1.0, 0.0
     if engine.zero_stage == 3:
-        again = 1 - kept_gathered(held, engine) / held.gathered if held.gathered else 0.0
-        passes = micro_batches * (2 + again)
+        kept = kept_gathered(held, engine) / held.gathered if held.gathered else 1.0
+        passes_of_gathered = engine.micro_batches * (2 - kept)
     else:
-        passes = 1 + 2 * (micro_batches if engine.zero_stage == 2 else 1)
-    shared = passes * held.shared * value * _others(ranks)
-    experts = passes * held.experts * value * _others(ranks // shared_by)
-    exchanges = 4 if spec.model.activation_checkpointing == "none" else 6
+        passes_of_updates = 1 + 2 * (engine.micro_batches if engine.zero_stage == 2 else 1)
+
+    def over_all(passes: float) -> Traffic:
+        shared = _around_a_ring(passes * held.shared * value, ranks, distance=1, gpus_per_node=gpus_per_node)
+        experts = passes * held.experts * value
+        return shared + _around_a_ring(experts, ranks // shared_by, distance=shared_by, gpus_per_node=gpus_per_node)
+
+    exchanges = engine.micro_batches * (4 if spec.model.activation_checkpointing == "none" else 6)
     slots = spec.data.micro_batch_size * (spec.data.row_length + config.num_global)
-    of_layer = slots * config.top_k * config.hidden_dim * value * _others(shared_by)
-    tokens = micro_batches * exchanges * config.num_layers * of_layer
-    spans = ranks > gpus_per_node
-    between = (shared + experts if spans else 0) + (tokens if shared_by > gpus_per_node else 0)
-    return Communication(round(shared + experts + tokens - between), round(between))
+    to_each = exchanges * config.num_layers * slots * config.top_k * config.hidden_dim * value / shared_by
+    near = min(shared_by, gpus_per_node)
+    tokens = Traffic(to_each * (near - 1), to_each * (shared_by - near))
+    return Communication(over_all(passes_of_updates), tokens, over_all(passes_of_gathered))
 
 
-def _others(ranks: int) -> float:
-    """The share that is not a rank's own."""
-    return (ranks - 1) / ranks
+def _around_a_ring(num_bytes: float, ranks: int, *, distance: int, gpus_per_node: int) -> Traffic:
+    """A pass over so many bytes, in a ring of ranks `distance` apart that leaves each node once."""
+    sent = num_bytes * (ranks - 1) / ranks
+    in_a_node = max(1, gpus_per_node // distance)
+    between = 0.0 if ranks <= in_a_node else sent / in_a_node
+    return Traffic(sent - between, between)

@@ -137,13 +137,17 @@ def _moments_of_stages_1_and_2(
     buckets = (bucket * num_buckets if on_gpu else in_use) * value
     copied, shares = in_use * value, 0 if _offloads(engine, on_gpu) else held.share * value
     early = bucket < held.whole  # a bucket is full while most activations are still there
-    if engine.zero_stage == 1:  # all is reduced in the last backward pass, and leaves its own memory for the bucket
+    if engine.zero_stage == 1:  # all is reduced in the last backward pass, or after it without `overlap_comm`
         accumulated = held.whole * value if engine.micro_batches > 1 else 0
-        waiting = (held.whole - in_use) * value
+        grows = engine.micro_batches > 1 or not zero.get("overlap_comm")
+        waiting = (held.whole - in_use) * value if grows else shares * early  # what is not in the bucket
     else:
         accumulated = shares if engine.micro_batches > 1 else 0
         waiting = accumulated + shares * early
-    in_forward = buckets * (on_gpu or early) + copied * early if engine.zero_stage == 2 else buckets * on_gpu
+    reduced_in_backward = engine.zero_stage == 2 or zero.get("overlap_comm")
+    in_forward = (buckets if on_gpu or (early and reduced_in_backward) else 0) + (
+        copied if early and reduced_in_backward else 0
+    )
     return [
         replace(base, gradients=accumulated, activations=activations, buffers=in_forward),
         replace(base, gradients=waiting, buffers=buckets + copied),

@@ -14,6 +14,11 @@ from mdseq.spec import RunSpec
 
 SPARE = 0.1  # share of a GPU's memory for what is not counted
 
+# Milliseconds for which nothing else runs, by GiB: as measured on two H200 of one node, see docs/performance.md.
+_WAIT_MS_PER_GIB = {"updates": 3.3, "tokens": 12.8, "gathered": 91.0}
+# As many times as long between nodes: eight links of 50 GB/s a node in place of 450 GB/s a GPU. Not measured.
+_BETWEEN_NODES = 9
+
 # Of each ZeRO stage, the ds_config without experts spread, and the one with. With the rest of zero2.json, stage 1
 # reduces gradients once a step, beside the last backward pass.
 _FILES = {1: ("zero2.json", "zero2.json"), 2: ("zero2.json", "zero2.json"), 3: ("zero3.json", "zero3_experts.json")}
@@ -26,32 +31,25 @@ class Choice:
 
     Attributes:
         file: The ds_config that ships with mdseq.
-        addition: What is to be written into it; empty if nothing.
+        additions: What is to be written into it.
         engine: It, complete.
         memory: Of a rank.
         communication: Of a rank and step.
     """
 
     file: str
-    addition: str
+    additions: tuple[str, ...]
     engine: EngineConfig
     memory: Memory
     communication: Communication
 
     @property
-    def waits(self) -> int:
-        """How much the layers wait for other ranks or for the CPU: the order in which choices are preferred.
-
-        0 for nothing, 1 for tokens to travel to experts, 2 for weights besides, 3 for the weights of experts too, and 4
-        for the optimiser in CPU memory. Bytes alone do not tell: those that gradients and updated weights take pass
-        beside the computation, or once a step.
-        """
-        if self.engine.offloads_optimiser:
-            return 4
-        spread = self.engine.expert_parallel_size > 1
-        if self.engine.zero_stage == 3:
-            return 2 if spread else 3
-        return int(spread)
+    def wait_ms(self) -> float:
+        """About how long a step waits for communication: to compare choices by, no forecast."""
+        return sum(
+            (traffic.within_nodes + _BETWEEN_NODES * traffic.between_nodes) / 2**30 * _WAIT_MS_PER_GIB[name]
+            for name, traffic in vars(self.communication).items()
+        )
 
     def fits(self, memory_bytes: float) -> bool:
         """Into the memory of a GPU, with a tenth of it to spare."""
@@ -71,28 +69,33 @@ def choices(spec: RunSpec, vocab_size: int, num_gpus: int, gpus_per_node: int) -
     """
     config = DenoiserConfig.of(spec, vocab_size)
     found = []
-    for file, addition, values in _ds_configs(spec, num_gpus, gpus_per_node):
+    for file, additions, values in _ds_configs(spec, num_gpus, gpus_per_node):
         engine = complete_engine_config(values, file, spec, num_gpus, on_gpu=True)
         memory = estimate_memory(config, spec, engine, on_gpu=True)
         communication = estimate_communication(config, spec, engine, gpus_per_node)
-        found.append(Choice(file, addition, engine, memory, communication))
+        found.append(Choice(file, additions, engine, memory, communication))
     return found
 
 
 def recommended(choices: Sequence[Choice], memory_bytes: float) -> Choice | None:
-    """Of those that fit with a tenth to spare: the one whose layers wait least, then that which sends least, first
-    between nodes, then in all; of equal ones, a ds_config as it ships, then the least memory. None if none fits."""
+    """Of those that fit with a tenth to spare, the one that waits least for communication; None if none fits.
+
+    The optimiser goes to CPU memory only if nothing else fits. Of equal ones, a ds_config as it ships comes first, then
+    what takes least memory.
+    """
     return min(
         (choice for choice in choices if choice.fits(memory_bytes)),
         key=lambda choice: (
-            choice.waits, choice.communication.between_nodes, choice.communication.total,
-            bool(choice.addition), choice.memory.total,
+            choice.engine.offloads_optimiser, choice.wait_ms, len(choice.additions), choice.memory.total,
         ),
         default=None,
     )  # fmt: skip
 
 
-def _ds_configs(spec: RunSpec, num_gpus: int, gpus_per_node: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
+DsConfig = tuple[str, tuple[str, ...], dict[str, Any]]
+
+
+def _ds_configs(spec: RunSpec, num_gpus: int, gpus_per_node: int) -> Iterator[DsConfig]:
     """Files that ship with mdseq, what to write into each, and both together."""
     sizes = _expert_parallel_sizes(spec.experts.num_experts, num_gpus, gpus_per_node)
     for stage, (whole, spread) in _FILES.items():
@@ -107,8 +110,8 @@ def _ds_configs(spec: RunSpec, num_gpus: int, gpus_per_node: int) -> Iterator[tu
                 if "expert_parallel" not in values or size != sizes[-1]:  # which is what "auto" makes of it
                     additions.append(f'"expert_parallel": {{ "autoep_size": {size} }}')
                 values["expert_parallel"] = {"autoep_size": size}
-            yield file, " and ".join(additions), values
-    yield _OFFLOAD, "", read_json(DS_CONFIG_DIR / _OFFLOAD)
+            yield file, tuple(additions), values
+    yield _OFFLOAD, (), read_json(DS_CONFIG_DIR / _OFFLOAD)
 
 
 def _expert_parallel_sizes(num_experts: int, num_gpus: int, gpus_per_node: int) -> list[int]:

@@ -124,12 +124,10 @@ def _how(choice: Choice) -> str:
 
 
 def _why(choice: Choice, found: Sequence[Choice], memory_bytes: float) -> str:
-    num_fitting = sum(one.fits(memory_bytes) for one in found)
     if choice.engine.offloads_optimiser:
         return "only with the optimiser in CPU memory does it fit"
-    sent, parts = choice.communication.all, choice.communication
+    num_fitting = sum(one.fits(memory_bytes) for one in found)
+    parts = choice.communication
     kinds = {"gradients and updated weights": parts.updates, "tokens": parts.tokens, "gathered weights": parts.gathered}
     listed = ", ".join(f"{_gib(traffic.total)} GiB of {name}" for name, traffic in kinds.items() if traffic.total)
-    return f"of the {num_fitting} that fit with a tenth to spare it waits least for what is sent" + (
-        f" in a step, {listed}" if sent.total else ""
-    )
+    return f"of {num_fitting} that fit with a tenth to spare it waits least for what is sent: {listed or 'nothing'}"

@@ -63,6 +63,20 @@ def test_a_cpu_holds_the_copy_of_the_checkpoint_too_and_buckets_as_far_as_they_f
     assert (found.gradients, found.on_host) == (0, 0)
 
 
+def test_gloo_reduces_what_stage_3_scatters_in_a_copy_of_its_own() -> None:
+    found = memory(3, ranks=2, on_gpu=False, stage3_max_reuse_distance=0, stage3_prefetch_bucket_size=1)
+    assert found.buffers == 12 * P
+    assert found.gradients == pytest.approx(2 * P, rel=1e-3)
+
+
+def test_gradients_are_fullest_in_two_buckets_and_a_copy_beside_the_share_that_has_been_taken_out() -> None:
+    bucket = P // 2 + P // 10
+    found = memory(2, ranks=2, reduce_bucket_size=bucket, overlap_comm=True)
+    assert found.buffers == 3 * 4 * bucket
+    assert found.gradients == pytest.approx(2 * P, rel=1e-3)
+    assert found.activations == 0
+
+
 def test_bf16_has_weights_and_gradients_of_two_bytes_and_the_rest_of_four() -> None:
     found = memory(2, 1, 1, "optimiser.precision=bf16", reduce_bucket_size=1)
     assert (found.weights, found.gradients, found.optimiser, found.average) == (2 * P, 6 * P, 12 * P, 4 * P)

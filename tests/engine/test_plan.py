@@ -146,6 +146,19 @@ def test_the_less_memory_the_more_is_spread_and_offload_is_the_last_resort() -> 
     assert recommended(found, 10 * GIB) is None
 
 
+def test_bytes_between_nodes_wait_nine_times_as_long() -> None:
+    found = choices(with_nearest_batch(spec_of(), 16), VOCAB, 16, gpus_per_node=8)
+    whole = next(choice for choice in found if of(choice) == (2, 1, "zero2.json", ()))
+    updates = whole.communication.updates
+    assert whole.wait_ms == pytest.approx(3.3 * (updates.within_nodes + 9 * updates.between_nodes) / GIB)
+
+
+def test_the_optimiser_stays_on_the_gpu_where_it_can() -> None:
+    *_, sharded, offload = choices(spec_of(preset="sa_diffuseq"), VOCAB, 8, gpus_per_node=8)
+    assert (sharded.wait_ms, sharded.memory.total > offload.memory.total) == (offload.wait_ms, True)
+    assert recommended([sharded, offload], 80 * GIB) is sharded
+
+
 def test_of_equal_ones_a_file_as_it_ships() -> None:
     once = choices(with_nearest_batch(spec_of(), 16), VOCAB, 16, gpus_per_node=8)
     assert of(recommended(once, 80 * GIB)) == (2, 1, "zero2.json", ())

@@ -102,7 +102,7 @@ def test_activations_are_what_a_cpu_keeps(overrides: list[str]) -> None:
     expected = activation_bytes(config, spec, on_gpu=False)
     if spec.model.activation_checkpointing == "none":
         expected -= LENGTH * VOCAB * 4  # logits, which are gone when the forward pass ends
-        assert kept_bytes(*overrides) == pytest.approx(expected, rel=0.05)
+        assert kept_bytes(*overrides) == pytest.approx(expected, rel=0.02)
     else:  # one layer at a time is computed again in the backward pass, and is not yet there
         assert kept_bytes(*overrides) < expected
 

@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SUFFIXES:
-.PHONY: help quickstart test prep train generate evaluate report bench lint format docs clean needs-data needs-run
+.PHONY: help quickstart test prep train submit generate evaluate report bench lint format docs clean needs-data needs-run
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
@@ -25,7 +25,7 @@ PYTEST_ARGS ?= -m 'not slow'
 SPEC ?= quickstart
 DS_CONFIG ?= ds_configs/zero3_experts.json
 RANKS ?= $(if $(filter-out 0,$(NUM_GPUS)),$(NUM_GPUS),2)
-export TORCH PYTHON DATA OUT VOCAB FORMAT WORKERS SPEC DS_CONFIG RANKS OUTPUT RUN
+export TORCH PYTHON DATA OUT VOCAB FORMAT WORKERS SPEC DS_CONFIG RANKS NODES GPUS OUTPUT RUN
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -85,6 +85,10 @@ prep: needs-data $(READY)  ## text to a dataset: DATA=PATH [OUT=DIR] [VOCAB=N] [
 
 train: $(READY)  ## DATA=DIR [SPEC=quickstart] [DS_CONFIG=JSON] [RANKS=2] [OUTPUT=DIR] [ARGS="section.key=value ..."]
 	@$(LAUNCH) --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
+
+submit: $(READY)  ## the same as a job of Slurm: NODES=N [GPUS=N of a node], and as train; [ARGS="--print"] shows the script
+	@$(BIN)/python -m launcher.slurm --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${NODES:+--nodes "$$NODES"} \
+	    $${GPUS:+--gpus "$$GPUS"} $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
 
 generate: needs-run $(READY)  ## text from a trained run: RUN=DIR [ARGS="--source TEXT --num 3 --length 256 --steps 20"]
 	@$(BIN)/mdseq generate "$$RUN" $(ARGS)

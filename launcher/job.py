@@ -133,6 +133,8 @@ def preparation_job(source: Path, training: Training, cluster: ClusterSpec) -> J
     """Makes the dataset, on one node; a build that was stopped goes on."""
     build = _quoted(sys.executable, "-m", "data_prep", "build", source, "--out", training.data)
     partition = cluster.cpu_partition
+    if partition:  # whose nodes are others than those that the options are about
+        cluster = cluster.model_copy(update={"options": ()})
     options = [
         f"--job-name={training.name}-prep",
         *([f"--partition={partition}"] if partition else []),

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-VARIABLES = ("DATA", "OUT", "VOCAB", "FORMAT", "WORKERS", "SPEC", "DS_CONFIG", "RANKS", "OUTPUT", "RUN", "ARGS")
+VARIABLES = (
+    "DATA", "OUT", "VOCAB", "FORMAT", "WORKERS", "SPEC", "DS_CONFIG", "RANKS", "NODES", "GPUS", "OUTPUT", "RUN", "ARGS",
+)  # fmt: skip
 
 STUB = """#!/usr/bin/env bash
 if [[ $1 == -c ]]; then echo 12345; exit; fi  # the question for a free port
@@ -44,7 +46,7 @@ def test_help_lists_every_target_and_needs_nothing(make):
     done, called = make()
     assert done.returncode == 0
     assert not called
-    for target in ("quickstart", "test", "prep", "train", "generate", "evaluate", "report", "lint"):
+    for target in ("quickstart", "test", "prep", "train", "submit", "generate", "evaluate", "report", "lint"):
         assert f"  {target} " in done.stdout
 
 
@@ -89,6 +91,18 @@ def test_train_hands_on_everything(make):
         "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "3", "--master_port", "12345", "launcher/run.py",
         "--ds_config", "ds configs/a.json", "--spec", "my spec.toml", "--data", "da ta", "--output", "out put",
         "--resume", "never", "schedule.steps=5", "attention.dilation=[1,2]",
+    ]  # fmt: skip
+
+
+def test_submit_hands_on_everything(make):
+    done, called = make(
+        "submit", "NODES=4", "GPUS=8", "SPEC=my spec.toml", "DS_CONFIG=a.json", "DATA=da ta", "OUTPUT=out put",
+        "ARGS=--print schedule.steps=5,6",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert called == [
+        "-m", "launcher.slurm", "--ds_config", "a.json", "--spec", "my spec.toml", "--nodes", "4", "--gpus", "8",
+        "--data", "da ta", "--output", "out put", "--print", "schedule.steps=5,6",
     ]  # fmt: skip
 
 

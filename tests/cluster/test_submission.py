@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ import torch
 
 from launcher import slurm as submission
 from mdseq.engine.checkpoint import whole_checkpoints
-from mdseq.report.metrics import read_metrics
-from mdseq.report.status import RunStatus
 from tests.cluster.slurm import Slurm, wait_until
 from tests.dist.test_training import DS_CONFIGS, TINY, run, state
 
@@ -49,7 +46,14 @@ def log_of(folder: Path, job: str) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(text_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(text_dataset, tmp_path_factory.mktemp("calm") / "run", 2, "zero3_experts", *RUN[len(TINY) :], f"schedule.steps={STEPS}")
+    return run(
+        text_dataset,
+        tmp_path_factory.mktemp("calm") / "run",
+        2,
+        "zero3_experts",
+        *RUN[len(TINY) :],
+        f"schedule.steps={STEPS}",
+    )
 
 
 def assert_equal_weights(folder: Path, other: Path) -> None:

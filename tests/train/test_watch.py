@@ -23,7 +23,9 @@ def test_a_rank_that_is_stopped_or_was_never_heard_of() -> None:
 
 def test_a_rank_that_is_busy_with_something_else() -> None:
     report = hang_report(30, [WAITING, BUSY], [later(WAITING), later(BUSY)])
-    assert report.splitlines()[1:] == ["  rank 1 on n1 is not waiting for the others: it is at /mine/loader.py:12 (read)"]
+    assert report.splitlines()[1:] == [
+        "  rank 1 on n1 is not waiting for the others: it is at /mine/loader.py:12 (read)"
+    ]
 
 
 def test_when_all_wait_all_are_told_of() -> None:

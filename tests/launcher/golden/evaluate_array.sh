@@ -1,0 +1,24 @@
+#!/bin/bash
+#SBATCH --job-name=mdseq-novels-evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1200
+#SBATCH --requeue
+#SBATCH --array=0-1
+#SBATCH --partition=h100
+#SBATCH --account=books
+#SBATCH --output=runs/novels/slurm/%A_%a.log
+#SBATCH --open-mode=append
+
+# evaluates runs/novels. docs/clusters.md tells what happens here.
+set -euo pipefail
+cd -- CHECKOUT
+export PYTHONPATH=CHECKOUT"${PYTHONPATH:+:$PYTHONPATH}"
+case "$SLURM_ARRAY_TASK_ID" in
+    0) run=runs/novels/seed=0 overrides=(seed=0) ;;
+    1) run=runs/novels/seed=1 overrides=(seed=1) ;;
+esac
+exec PYTHON -m mdseq evaluate likelihood "$run" --data data/novels --output "$run/likelihood-$SLURM_JOB_ID.json"

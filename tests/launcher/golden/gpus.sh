@@ -1,0 +1,25 @@
+#!/bin/bash
+#SBATCH --job-name=mdseq-novels
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1200
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --partition=h100
+#SBATCH --account=books
+#SBATCH --output=runs/novels/slurm/%j.log
+#SBATCH --open-mode=append
+
+# trains runs/novels on 4 nodes, 8 GPUs each. docs/clusters.md tells what happens here.
+set -euo pipefail
+cd -- CHECKOUT
+export PYTHONPATH=CHECKOUT"${PYTHONPATH:+:$PYTHONPATH}"
+export MDSEQ_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)"
+run=runs/novels
+on_nodes=(srun --kill-on-bad-exit=1 --cpu-bind=none PYTHON -m launcher.node --ranks 8 --data data/novels)
+
+exec PYTHON -m launcher.supervise --restarts 3 --run "$run" --requeue 300 -- \
+    "${on_nodes[@]}" CHECKOUT/launcher/run.py --ds_config ds_configs/zero3_experts.json --spec moe --output "$run" schedule.steps=5000

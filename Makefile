@@ -8,7 +8,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .ONESHELL:
 .SUFFIXES:
-.PHONY: help quickstart test prep train submit generate evaluate report bench lint format docs clean needs-data needs-run
+.PHONY: help quickstart test prep train submit preflight generate evaluate report bench lint format docs clean needs-data needs-run
 
 NUM_GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
@@ -39,7 +39,7 @@ endif
 # A free port, so that several runs can share a machine.
 define LAUNCH
 port="$${MASTER_PORT:-$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-$(BIN)/python -m deepspeed.launcher.runner --quiet --num_gpus "$$RANKS" --master_port "$$port" launcher/run.py
+$(BIN)/python -m deepspeed.launcher.runner --quiet --num_gpus "$$RANKS" --master_port "$$port"
 endef
 
 help:  ## list the targets
@@ -60,7 +60,7 @@ quickstart: $(READY)  ## from nothing to generated text: data, training on two r
 	        --exclude encodings --exclude turtledemo
 	fi
 	echo "--- 2/4 training: $$RANKS ranks, ZeRO-3, experts spread over the ranks"
-	$(LAUNCH) --ds_config ds_configs/zero3_experts.json --spec launcher/specs/quickstart.toml \
+	$(LAUNCH) launcher/run.py --ds_config ds_configs/zero3_experts.json --spec launcher/specs/quickstart.toml \
 	    --data data/quickstart --output runs/quickstart
 	echo "--- 3/4 generation: three texts from nothing (the model is tiny: expect the look of code, not code)"
 	$(BIN)/mdseq generate runs/quickstart --num 3 --length 96
@@ -84,7 +84,10 @@ prep: needs-data $(READY)  ## text to a dataset: DATA=PATH [OUT=DIR] [VOCAB=N] [
 	    $${VOCAB:+--vocab "$$VOCAB"} $${WORKERS:+--workers "$$WORKERS"} $(ARGS)
 
 train: $(READY)  ## DATA=DIR [SPEC=quickstart] [DS_CONFIG=JSON] [RANKS=2] [OUTPUT=DIR] [ARGS="section.key=value ..."]
-	@$(LAUNCH) --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
+	@$(LAUNCH) launcher/run.py --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
+
+preflight: $(READY)  ## check every rank before training: [RANKS=2] [DATA=DIR] [OUTPUT=DIR] [ARGS="--json FILE ..."]
+	@$(LAUNCH) launcher/preflight.py $${DATA:+--data "$$DATA"} $${OUTPUT:+--output "$$OUTPUT"} $(ARGS)
 
 submit: $(READY)  ## the same as a job of Slurm: NODES=N [GPUS=N of a node], and as train; [ARGS="--print"] shows the script
 	@$(BIN)/python -m launcher.slurm --ds_config "$$DS_CONFIG" --spec "$$SPEC" $${NODES:+--nodes "$$NODES"} \

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4
 EXIT_NOT_MET = 6  # ranks, or nodes; another start may find all of them
+EXIT_PREFLIGHT_FAILED = 7
 
 
 def main(arguments: Sequence[str]) -> int:
     options = _parse(arguments)
     rank = int(os.environ.get("RANK", "0"))
     try:
+        if options.preflight and not options.dry_run and not _passes_preflight(options):
+            return EXIT_PREFLIGHT_FAILED
         plan = _plan(options, show=rank == 0)
     except UserError as error:  # the same on every rank
         if rank == 0:
@@ -69,6 +72,11 @@ def main(arguments: Sequence[str]) -> int:
     return stop_status(signal_number)
 
 
+def run_folder(output: Path | None, spec: Path | None) -> Path:
+    """Where a run goes: `--output`, or a folder with the name of the spec."""
+    return output if output is not None else Path("runs") / (spec.stem if spec is not None else "default")
+
+
 def _where_to_go_on(plan: RunPlan) -> str:
     """What is left of a run that has diverged."""
     from mdseq.engine.checkpoint import whole_checkpoints
@@ -101,6 +109,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="continue a checkpoint of another spec or dataset, if its weights fit",
     )
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="first check all ranks, as launcher/preflight.py does; stop if they fail",
+    )
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
@@ -110,6 +123,15 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _overrides(options: argparse.Namespace) -> list[str]:
     given = list(options.overrides)
     return given if options.data is None else [*given, f"data.path={options.data}"]
+
+
+def _passes_preflight(options: argparse.Namespace) -> bool:
+    """Before anything else is checked: it names the nodes that see no dataset, or cannot write."""
+    spec = load_spec(options.spec, _overrides(options)).spec
+
+    from launcher.preflight import preflight
+
+    return preflight(spec.data.path, run_folder(options.output, options.spec), minima={})
 
 
 def _plan(options: argparse.Namespace, show: bool) -> RunPlan | None:
@@ -131,8 +153,7 @@ def _plan(options: argparse.Namespace, show: bool) -> RunPlan | None:
 
     from mdseq.train.start import plan_run
 
-    name = options.spec.stem if options.spec is not None else "default"
-    output = options.output if options.output is not None else Path("runs") / name
+    output = run_folder(options.output, options.spec)
     return plan_run(resolved.spec, engine, output, options.resume, options.allow_changes)
 
 

@@ -2,7 +2,7 @@
 
 The command continues its run, as training commands do (`--resume auto`). It is started again after a wait, but not when
 it has crashed several times without a new checkpoint in between, or has ended for a reason that another start would not
-change: a mistake, divergence, memory, or a signal.
+change: a mistake, divergence, memory, a failed preflight, or a signal.
 
 In a Slurm job, `--requeue SECONDS` goes on in another job: Slurm sends SIGUSR1 so long before the time limit, the run
 saves, and the job is put into the queue again.
@@ -24,11 +24,11 @@ from types import FrameType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launcher.run import EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
+from launcher.run import EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR
 from mdseq.train.signals import STOP_SIGNALS, stop_status
 
 LAST_SECONDS = 30.0  # before the time limit, when a run that has not saved by then is ended
-FINAL = {0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, *map(stop_status, STOP_SIGNALS)}
+FINAL = {0, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY, EXIT_PREFLIGHT_FAILED, *map(stop_status, STOP_SIGNALS)}
 
 
 @dataclass(frozen=True)

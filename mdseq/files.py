@@ -12,6 +12,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.tmp")
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the closest folder above it that exists: where it would be made."""
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file and put it in its place when it is on the disk."""
     temporary = temporary_name(path)

@@ -87,7 +87,16 @@ def test_only_the_engine_imports_deepspeed() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["mdseq", "mdseq.spec", "mdseq.engine.config", "mdseq.data.format", "mdseq.cli", "launcher.run"]
+    "module",
+    [
+        "mdseq",
+        "mdseq.spec",
+        "mdseq.engine.config",
+        "mdseq.data.format",
+        "mdseq.cli",
+        "launcher.run",
+        "launcher.preflight",
+    ],
 )
 def test_light_modules_load_neither_torch_nor_deepspeed(module: str) -> None:
     """A message about a wrong spec must not wait for them."""

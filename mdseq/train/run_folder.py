@@ -19,6 +19,7 @@ from mdseq import __version__
 from mdseq.engine.checkpoint import CheckpointManifest, whole_checkpoints
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
+from mdseq.files import nearest_existing
 from mdseq.settings import flatten
 from mdseq.slurm import JOBS_FOLDER
 from mdseq.spec import RunSpec
@@ -43,7 +44,7 @@ class RunFolder:
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         if found - {LOCK_FILE, JOBS_FOLDER} and SPEC_FILE not in found:
             raise UserError(f"{self.path} holds files that are not a run's; choose another --output")
-        existing = next(parent for parent in (self.path, *self.path.parents) if parent.exists())
+        existing = nearest_existing(self.path)
         try:
             with tempfile.TemporaryFile(dir=existing):
                 return

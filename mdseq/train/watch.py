@@ -17,6 +17,7 @@ import torch.distributed as dist
 EXIT_HUNG = 5
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
+NO_STEP = "no step for {:g} s (guard.hang_seconds)"
 # Whoever stands in these waits for the others, or for a GPU that does.
 _WAITING_ROOMS = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
 
@@ -51,6 +52,7 @@ class Watch:
         seconds: How long a step may take; the first one is not watched.
         hear: Called with the newest heartbeats of all ranks, every HEARTBEAT_SECONDS.
         end: Called in the end, with the exit status.
+        complaint: What is printed then, above the names, with "{:g}" for the seconds.
     """
 
     def __init__(
@@ -59,11 +61,13 @@ class Watch:
         seconds: float,
         hear: Callable[[Sequence[Heartbeat | None]], None] | None = None,
         end: Callable[[int], None] = os._exit,
+        complaint: str = NO_STEP,
     ) -> None:
         self._step = step
         self._seconds = seconds
         self._hear = hear
         self._end = end
+        self._complaint = complaint
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store()
         self._main = threading.main_thread().ident
@@ -116,7 +120,7 @@ class Watch:
         alone.cancel()
         if self._hear is not None:
             self._hear(after)
-        print(hang_report(self._seconds, before, after), file=sys.stderr, flush=True)
+        print(hang_report(self._seconds, before, after, self._complaint), file=sys.stderr, flush=True)
         self._end(EXIT_HUNG)
 
     def _end_alone(self) -> None:
@@ -131,12 +135,17 @@ class Watch:
         return Heartbeat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
 
-def hang_report(seconds: float, before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> str:
+def hang_report(
+    seconds: float,
+    before: Sequence[Heartbeat | None],
+    after: Sequence[Heartbeat | None],
+    complaint: str = NO_STEP,
+) -> str:
     """Who holds up the run, from two rounds of heartbeats."""
     names = [f"rank {rank}" + (f" on {beat.host}" if beat else "") for rank, beat in enumerate(after)]
     silent = [rank for rank, (b, a) in enumerate(zip(before, after, strict=True)) if a is None or a == b]
     busy = [rank for rank, beat in enumerate(after) if beat and not beat.waits and rank not in silent]
-    lines = [f"error: no step for {seconds:g} s (guard.hang_seconds)"]
+    lines = [f"error: {complaint.format(seconds)}"]
     lines += [f"  {names[rank]} gives no sign of life" for rank in silent]
     lines += [f"  {names[rank]} is not waiting for the others: it is at {after[rank].place}" for rank in busy]  # type: ignore[union-attr]
     if not silent and not busy:

@@ -32,7 +32,7 @@ class Figure:
 
     def text(self, value: float) -> str:
         """Three digits that count, and all before the point."""
-        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 LINK_WITHIN_NODE, LINK_BETWEEN_NODES = "link_within_node_gb_per_second", "link_between_nodes_gb_per_second"

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -75,11 +76,12 @@ def preflight(data: str, output: Path, minima: Mapping[str, float], json_file: P
     try:
         agreement = Agreement()
         agreement.fail_together(_why_not(json_file) if json_file is not None and agreement.rank == 0 else None)
+        start = time.monotonic()
         reports = measure(device, Path(data) if data else None, output)
         findings = judge(reports, minima)
         error = None
         if agreement.rank == 0:
-            show(reports, findings)
+            show(reports, findings, time.monotonic() - start)
             if json_file is not None:
                 error = _write(json_file, reports, findings)
         agreement.fail_together(error)
@@ -109,14 +111,20 @@ def read_minima(given: Sequence[str]) -> dict[str, float]:
     return minima
 
 
-def show(reports: Sequence[RankReport], findings: Sequence[Finding]) -> None:
-    """Print the table, what was measured together, what is the same everywhere, what is wrong, and the verdict."""
+def show(reports: Sequence[RankReport], findings: Sequence[Finding], seconds: float) -> None:
+    """Print the table, what was measured together, what is the same everywhere, what is wrong, and the verdict.
+
+    Args:
+        reports: Of all ranks.
+        findings: What is wrong.
+        seconds: How long it took.
+    """
     from rich.console import Console
 
     # A log has no width; people read it in wide windows.
     console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else 110, highlight=False)
     console.print(table_of(reports, findings, padding=1 if console.width >= 100 else 0))
-    for line in summary(reports):
+    for line in [*summary(reports), f"checked in {seconds:.1f} s"]:
         console.print(line, markup=False)
     for finding in sorted(findings, key=lambda finding: finding.fails):
         kind, style = ("failed", "bold red") if finding.fails else ("warning", "yellow")

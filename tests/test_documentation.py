@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import parse as parse_data_prep
+from launcher.preflight import _parse as parse_preflight
+from launcher.preflight import read_minima
 from launcher.run import _parse as parse_launcher
 from mdseq.cli import parser as mdseq_parser
 from mdseq.spec import load_spec
@@ -21,7 +23,7 @@ from mdseq.spec import load_spec
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), ROOT / "ds_configs" / "README.md"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAMS = ("make ", "deepspeed ", "python launcher/run.py", "python -m data_prep ", "mdseq ")
+PROGRAMS = ("make ", "deepspeed ", "python launcher/", "python -m data_prep ", "mdseq ")
 
 
 def commands(page: Path) -> list[tuple[str, bool]]:
@@ -52,6 +54,8 @@ def test_command_parses(command, mention, capsys):
         _check_parses(mdseq_parser().parse_args, arguments, mention, capsys)
     elif "data_prep" in arguments[:2]:
         _check_parses(parse_data_prep, arguments[2:], mention, capsys)
+    elif "launcher/preflight.py" in arguments:
+        read_minima(parse_preflight(arguments[arguments.index("launcher/preflight.py") + 1 :]).minimum)
     else:
         _check_launch(arguments[arguments.index("launcher/run.py") + 1 :])
 
@@ -82,6 +86,8 @@ def _check_make(arguments: list[str]) -> None:
         assert re.search(rf"\$\$?[({{]?{name}\b", MAKEFILE), f"no variable {name}"
         if name == "ARGS" and "train" in arguments:
             load_spec(None, shlex.split(value))
+        elif name == "ARGS" and "preflight" in arguments:
+            read_minima(parse_preflight(shlex.split(value)).minimum)
         elif name == "SPEC":
             load_spec(Path(value))
 

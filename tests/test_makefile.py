@@ -46,7 +46,7 @@ def test_help_lists_every_target_and_needs_nothing(make):
     done, called = make()
     assert done.returncode == 0
     assert not called
-    for target in ("quickstart", "test", "prep", "train", "submit", "generate", "evaluate", "report", "lint"):
+    for target in ("quickstart", "test", "prep", "train", "submit", "preflight", "generate", "evaluate", "report", "lint"):
         assert f"  {target} " in done.stdout
 
 
@@ -103,6 +103,15 @@ def test_submit_hands_on_everything(make):
     assert called == [
         "-m", "launcher.slurm", "--ds_config", "a.json", "--spec", "my spec.toml", "--nodes", "4", "--gpus", "8",
         "--data", "da ta", "--output", "out put", "--print", "schedule.steps=5,6",
+    ]  # fmt: skip
+
+
+def test_preflight_hands_on_everything(make):
+    done, called = make("preflight", "RANKS=3", "DATA=da ta", "OUTPUT=out put", "ARGS=--json 'fig ures.json'")
+    assert done.returncode == 0, done.stderr
+    assert called == [
+        "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "3", "--master_port", "12345",
+        "launcher/preflight.py", "--data", "da ta", "--output", "out put", "--json", "fig ures.json",
     ]  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_equal_ranks_are_healthy():
 def test_a_slow_rank_is_named():
     reports = changed(FOUR, 3, **{RATE: 41.0})
     (finding,) = judge(reports, {})
-    assert finding.text == "rank 3 on n2: matrix products at 0.41 of the median (41 of 100 TFLOP/s)"
+    assert finding.text == "rank 3 on n2: matrix products at 0.41 of the median (41.0 of 100 TFLOP/s)"
     assert (finding.fails, finding.ranks, finding.figure) == (True, (3,), RATE)
 
 
@@ -89,7 +89,9 @@ def test_verdicts_depend_on_ratios_alone_and_the_fastest_is_never_an_outlier(rat
 def test_a_slow_link_is_named_with_both_ends_and_compared_with_its_like():
     links_out = {LINK_BETWEEN_NODES: 2.0}  # slower by nature than those within a node
     reports = changed(healthy("n1", "n1", "n2", "n2", "n3", "n3", **links_out), 3, **{LINK_BETWEEN_NODES: 0.5})
-    assert texts(reports) == ["rank 3 on n2: link between nodes to rank 5 on n3 at 0.25 of the median (0.5 of 2 GB/s)"]
+    assert texts(reports) == [
+        "rank 3 on n2: link between nodes to rank 5 on n3 at 0.25 of the median (0.500 of 2.00 GB/s)"
+    ]
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=12))
@@ -113,7 +115,7 @@ def test_minima():
     assert texts(FOUR, **{RATE: 100.0}) == []
     reports = changed(FOUR, 2, **{RATE: 90.0})
     assert texts(reports, **{RATE: 95.0}) == [
-        "rank 2 on n2: matrix products below the minimum of 95 TFLOP/s, the lowest 90"
+        "rank 2 on n2: matrix products below the minimum of 95.0 TFLOP/s, the lowest 90.0"
     ]
     assert texts(FOUR, all_to_all_gb_per_second=200.0) == [
         "ranks 0-1 on n1, ranks 2-3 on n2: all-to-all below the minimum of 200 GB/s, the lowest 100"
@@ -124,7 +126,7 @@ def test_a_minimum_of_what_cannot_be_measured_fails():
     (report,) = healthy("n1")
     without = replace(report, figures={})
     assert texts([without], **{RATE: 1.0}) == [
-        "matrix products: nothing was measured to compare with the minimum of 1 TFLOP/s"
+        "matrix products: nothing was measured to compare with the minimum of 1.00 TFLOP/s"
     ]
 
 
@@ -184,7 +186,7 @@ def test_the_widest_table_fits_a_narrow_terminal_and_stars_what_is_wrong():
     rows = [line.split() for line in table.splitlines()]
     assert rows[0] == "4 ranks on 2 nodes, GPU".split()  # noqa: SIM905
     assert ["0", "node-1", "100", "100", "100", "100", *["123,456"] * 2, *["100"] * 3] in rows
-    assert ["3", "node-2", "41*", "100", "100", "100", *["123,456"] * 2, *["100"] * 3] in rows
+    assert ["3", "node-2", "41.0*", "100", "100", "100", *["123,456"] * 2, *["100"] * 3] in rows
     assert ["median", "100", "100", "100", "100", *["123,456"] * 2, *["100"] * 3] in rows
     assert table.count("*") == 1
 
@@ -192,8 +194,8 @@ def test_the_widest_table_fits_a_narrow_terminal_and_stars_what_is_wrong():
 def test_devices_have_a_column_only_where_they_differ_and_absent_figures_none():
     reports = [replace(FOUR[0], figures={RATE: 1.0}), replace(FOUR[1], figures={RATE: 1.0}, device="other GPU")]
     table = printed(reports, width=80)
-    assert re.search(r"0 n1 +GPU +1\n", table.replace(" \n", "\n"))
-    assert re.search(r"1 n1 +other GPU +1", table)
+    assert re.search(r"0 n1 +GPU +1\.00\n", table.replace(" \n", "\n"))
+    assert re.search(r"1 n1 +other GPU +1\.00", table)
     assert "GiB" not in table
     assert "device" not in printed([replace(report, figures={}) for report in FOUR], width=80)
 
@@ -214,7 +216,7 @@ def test_summary_tells_the_slowest_rank_and_what_all_agree_on():
     [(FOUR, "preflight passed"), (changed(FOUR, 3, **{RATE: 1.0}), "preflight failed: matrix products")],
 )
 def test_the_verdict_is_the_last_line(reports, last, capsys):
-    show(reports, judge(reports, {}))
+    show(reports, judge(reports, {}), seconds=1.0)
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 

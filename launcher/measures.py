@@ -160,7 +160,7 @@ def disk(output: Path) -> dict[str, float]:
         tries = [_write_and_read(folder, content) for _ in range(DISK_TRIES)]
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise _cannot_write(folder, error) from None
+        raise UserError(f"cannot write in {folder}: {error.strerror}; choose another --output") from None
     write_seconds, read_seconds = (min(seconds) for seconds in zip(*tries, strict=True))
     return {
         "disk_write_mb_per_second": DISK_BYTES / write_seconds / 1e6,
@@ -185,10 +185,6 @@ def _write_and_read(folder: Path, content: bytes) -> tuple[float, float]:
     if found != content:
         raise UserError(f"a file written in {folder} is read back with other bytes; choose another --output")
     return written - start, read - start_reading
-
-
-def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write in {folder}: {error.strerror}; choose another --output")
 
 
 def versions() -> dict[str, str]:
@@ -247,16 +243,12 @@ def check_output_is_shared(agreement: Agreement, notes: Notes, output: Path) -> 
     """Whether every rank sees a file that rank 0 writes where the run folder will be."""
     with ExitStack() as stack:
         marker = None
-        if agreement.rank == 0:
-            stack.callback(
-                signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _leave)
-            )  # not before it is gone
+        if agreement.rank == 0 and "disk" not in notes.errors:
+            before = signal.signal(signal.SIGTERM, _leave)  # not before the file is gone
+            stack.callback(signal.signal, signal.SIGTERM, before)
             with notes.checking("output"):
                 folder = nearest_existing(output)
-                try:
-                    file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder))
-                except OSError as error:
-                    raise _cannot_write(folder, error) from None
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".preflight-", dir=folder))
                 marker = os.path.relpath(file.name, output.absolute())
         marker = agreement.gather(marker)[0]
         if marker is not None:

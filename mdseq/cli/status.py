@@ -64,6 +64,8 @@ def describe(run: Path, found: RunStatus, now: float) -> list[tuple[str, str]]:
         rows.append(("checkpoint", f"step {manifest.step:,}, {_since(now, path.stat().st_mtime)} ago"))
     else:
         rows.append(("checkpoint", "none yet"))
+    if found.spread is not None:
+        rows.append(("slowest", str(found.spread)))
     heard = len(found.ranks) - len(found.silent_ranks())
     rows.append(("ranks", f"{heard} of {len(found.ranks)} heard"))
     for rank in found.silent_ranks():

@@ -3,8 +3,10 @@
 `metrics.jsonl` keys: step; loss, denoising, anchor, rounding, balance, router_z (means since the last line, 0 for what
 the loss lacks); noise_level_0 .. noise_level_9 (mean loss of the documents whose t fell into that tenth of [0, T);
 absent where none did); valid_loss (of held-out rows, where it was computed); tokens (real ones since the start),
-tokens_per_second, grad_norm, skipped_steps (so far), learning_rate, peak_memory_gib (of rank 0 so far); and expert_load
-(a list a layer of each expert's share of assignments; empty without experts).
+tokens_per_second, grad_norm, skipped_steps (so far), learning_rate, peak_memory_gib (of rank 0 so far);
+own_seconds_median, own_seconds_slowest, data_seconds_slowest, step_seconds, slowest_rank (see Spread; where several
+ranks were measured in this step); and expert_load (a list a layer of each expert's share of assignments; empty without
+experts).
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ _SECTIONS = {
     **dict.fromkeys(("loss", "denoising", "anchor", "rounding", "balance", "router_z", "valid_loss"), "loss"),
     **dict.fromkeys(("grad_norm", "learning_rate", "skipped_steps"), "optimiser"),
     **dict.fromkeys(("tokens", "tokens_per_second", "peak_memory_gib"), "throughput"),
+    **dict.fromkeys(
+        ("own_seconds_median", "own_seconds_slowest", "data_seconds_slowest", "step_seconds", "slowest_rank"), "ranks"
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mdseq.errors import UserError
 from mdseq.files import write_whole
+from mdseq.report.spread import Spread
 
 STATUS_FILE = "status.json"
 WRITTEN_EVERY_SECONDS = 10.0
@@ -50,6 +51,7 @@ class RunStatus:
         step, steps: Optimiser steps taken, and those of the schedule.
         steps_per_second: Since the first step of this start; 0 before there are two.
         ranks: All of them.
+        spread: Of their own times in the last step that was measured; None before one was, or of one rank.
     """
 
     state: State
@@ -63,6 +65,7 @@ class RunStatus:
     steps: int
     steps_per_second: float
     ranks: tuple[RankStatus, ...]
+    spread: Spread | None = None
 
     @classmethod
     def read(cls, run: Path) -> RunStatus | None:
@@ -76,7 +79,9 @@ class RunStatus:
             return None
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"ranks": tuple(RankStatus(**rank) for rank in values["ranks"])})
+            ranks = tuple(RankStatus(**rank) for rank in values["ranks"])
+            spread = values.get("spread")  # absent from what older versions have written
+            return cls(**values | {"ranks": ranks, "spread": Spread(**spread) if spread else None})
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is damaged ({error}); a run that goes on writes it anew; else remove it") from None
 

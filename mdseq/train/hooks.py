@@ -75,6 +75,7 @@ class MetricsHook:
             "grad_norm": trainer.guard.gradient_norm,
             "skipped_steps": trainer.guard.skipped,
             "learning_rate": trainer.learning_rate,
+            **({} if trainer.spread is None else trainer.spread.metrics()),
             "peak_memory_gib": _peak_memory_bytes(trainer.device) / 2**30,
             "expert_load": load,
         }

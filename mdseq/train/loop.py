@@ -19,6 +19,8 @@ from mdseq.engine.agreement import Agreement
 from mdseq.engine.ema import WeightAverage
 from mdseq.engine.gradients import check_gradient_norm, step_was_skipped
 from mdseq.engine.partitions import Partition
+from mdseq.engine.waiting import StepClock
+from mdseq.report.spread import Spread
 from mdseq.spec import RunSpec
 from mdseq.train.guard import Guard
 from mdseq.train.schedule import learning_rate
@@ -50,8 +52,10 @@ class Trainer:
         tokens: Real tokens seen, over all ranks.
         learning_rate: Of the last step.
         valid_loss: Of held-out rows after the last step, if it was computed.
+        spread: Of the ranks' own times in the last step, if it was measured.
         guard: Over steps that are better not taken.
         stopped_by: The signal that has ended training early; 0 for none. The same on every rank.
+        clock: Measures every step that is reported, if there are ranks to compare.
     """
 
     spec: RunSpec
@@ -65,11 +69,14 @@ class Trainer:
     tokens: int = 0
     learning_rate: float = 0.0
     valid_loss: float | None = None
+    spread: Spread | None = None
     stopped_by: int = 0
     guard: Guard = field(init=False)
+    clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = Guard(self.spec.guard)
+        self.clock = StepClock(self.device, self.spec.report.log_interval_steps if self.agreement.num_ranks > 1 else 0)
         self._losses: list[Tensor] = []  # of this step's micro-batches, until they are looked at
         check_gradient_norm(self.engine, self._allows)
 
@@ -88,8 +95,9 @@ class Trainer:
         try:
             with StopSignals() as signals, Watch(lambda: self.step, self.spec.guard.hang_seconds, hear):
                 while not self.is_last_step:
-                    self._take_step()
-                    self.stopped_by = self.agreement.highest([signals.received])[0]
+                    with self.clock.step(self.step + 1):
+                        self._take_step()
+                        self.stopped_by = self.agreement.highest([signals.received])[0]
                     for hook in hooks:
                         hook.after_step(self)
         finally:
@@ -106,9 +114,10 @@ class Trainer:
         self.learning_rate = learning_rate(self.step, self.spec.optimiser, self.spec.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self.valid_loss = None
+        self.valid_loss = self.spread = None
         reported = self.objective.statistics.tally.clone()
-        micro_batches = self.loader.micro_batches(self.step)
+        with self.clock.data():
+            micro_batches = self.loader.micro_batches(self.step)
         self._losses = []
         for batch in micro_batches:
             loss = self.engine(batch.to(self.device))

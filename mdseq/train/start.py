@@ -36,6 +36,7 @@ from mdseq.train.memory import is_out_of_memory, out_of_memory
 from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
 from mdseq.train.status import StatusHook
+from mdseq.train.stragglers import StragglerHook
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def _build_hooks(plan: RunPlan, trainer: Trainer, probe: Probe, checkpoints: Che
     validation = _validation(plan, trainer)
     return [
         *([ValidationHook(validation, spec.report.valid_interval_steps)] if validation else []),
+        StragglerHook(),
         MetricsHook(writer, spec.report.log_interval_steps),
         SampleHook(plan.run, writer, plan.tokenizer, manifest.kind, lengths, _sample_sources(plan)),
         CheckpointHook(plan.run, checkpoints, checkpoint, model, probe, files),

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mdseq.errors import UserError
+from mdseq.report.spread import Spread
 from mdseq.report.status import WRITTEN_EVERY_SECONDS, RankStatus, RunStatus, State
 from mdseq.train.loop import Trainer
 from mdseq.train.watch import Heartbeat
@@ -33,6 +34,7 @@ class StatusHook:
         self._started = self._written = clock()
         self._step, self._steps = step, steps
         self._first: tuple[int, float] | None = None  # the first step of this start, and when it was taken
+        self._spread: Spread | None = None
         self._state: State = "failed"  # unless it is known to end well
         self._heard = [(Heartbeat(0, step, "", False, ""), self._started) for _ in range(num_ranks)]
         self._starts = 1
@@ -52,6 +54,7 @@ class StatusHook:
 
     def after_step(self, trainer: Trainer) -> None:
         self._step = trainer.step
+        self._spread = trainer.spread or self._spread
         self._first = self._first or (trainer.step, self._clock())
         if trainer.is_last_step:
             self._state = "stopped" if trainer.stopped_by else "finished"
@@ -76,6 +79,7 @@ class StatusHook:
             ranks=tuple(
                 RankStatus(rank, beat.host, beat.step, now - heard) for rank, (beat, heard) in enumerate(self._heard)
             ),
+            spread=self._spread,
         )
         with suppress(OSError):  # no room on the disk: what matters will say so
             status.write(self._run)

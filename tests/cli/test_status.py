@@ -11,6 +11,7 @@ import pytest
 
 from mdseq.cli import main
 from mdseq.cli.status import describe
+from mdseq.report.spread import Spread
 from mdseq.report.status import RankStatus, RunStatus
 
 RANKS = (RankStatus(0, "n1", 40, 1.5), RankStatus(1, "n2", 38, 65.0), RankStatus(2, "", 0, 100.0))
@@ -56,6 +57,12 @@ def test_a_run_that_has_ended(tmp_path: Path, state: str) -> None:
 
 def test_a_run_of_slurm_names_its_job(tmp_path: Path) -> None:
     assert rows(tmp_path, replace(STATUS, job="4711"))["where"] == "process 77 on n1, Slurm job 4711"
+
+
+def test_the_slowest_rank_is_shown(tmp_path: Path) -> None:
+    assert "slowest" not in rows(tmp_path)
+    found = rows(tmp_path, replace(STATUS, spread=Spread(0.25, 0.5, 0.125, 0.6, 1, "n2")))
+    assert found["slowest"].startswith("rank 1 on n2 takes 2.0 times as long as the median (own time 0.5 s a step")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

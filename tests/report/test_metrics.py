@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mdseq.diffusion.statistics import PARTS
 from mdseq.report.metrics import METRICS_FILE, TENSORBOARD_DIR, MetricsWriter, read_metrics
+from mdseq.report.spread import Spread
 
 
 def line(step: int, loss: float = 2.0, **more: Any) -> dict[str, Any]:
@@ -102,6 +103,12 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
 def test_all_that_the_objective_reports_has_a_tag(tmp_path: Path) -> None:
     write(tmp_path, 0, {"step": 10, "expert_load": []} | dict.fromkeys(PARTS, 0.5))
     assert set(events(tmp_path).Tags()["scalars"]) == {f"loss/{part}" for part in PARTS}
+
+
+def test_all_that_is_told_of_a_spread_has_a_tag(tmp_path: Path) -> None:
+    write(tmp_path, 0, line(10) | Spread(0.2, 0.4, 0.1, 0.5, 1, "n2").metrics())
+    assert scalars(tmp_path, "ranks/own_seconds_slowest") == {10: pytest.approx(0.4)}
+    assert scalars(tmp_path, "ranks/slowest_rank") == {10: 1.0}
 
 
 def test_text_keeps_its_line_breaks(tmp_path: Path) -> None:

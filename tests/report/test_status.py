@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from mdseq.errors import UserError
+from mdseq.report.spread import Spread
 from mdseq.report.status import SILENT_SECONDS, STATUS_FILE, RankStatus, RunStatus
 
 RANKS = (RankStatus(0, "n1", 40, 1.5), RankStatus(1, "n2", 38, SILENT_SECONDS + 1))
@@ -18,7 +20,17 @@ def test_it_reads_back(tmp_path: Path) -> None:
     assert RunStatus.read(tmp_path) is None
     STATUS.write(tmp_path)
     assert RunStatus.read(tmp_path) == STATUS
+    compared = replace(STATUS, spread=Spread(0.2, 0.4, 0.1, 0.5, 1, "n2"))
+    compared.write(tmp_path)
+    assert RunStatus.read(tmp_path) == compared
     assert [path.name for path in tmp_path.iterdir()] == [STATUS_FILE]
+
+
+def test_one_that_knows_nothing_of_spreads_is_read(tmp_path: Path) -> None:
+    values = asdict(STATUS)
+    del values["spread"]
+    (tmp_path / STATUS_FILE).write_text(json.dumps(values))
+    assert RunStatus.read(tmp_path) == STATUS
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"state": "running"}', '{"ranks": [{"age": 3}]}'])

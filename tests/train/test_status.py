@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mdseq.report.spread import Spread
 from mdseq.report.status import WRITTEN_EVERY_SECONDS, RunStatus
 from mdseq.train.status import StatusHook
 from mdseq.train.watch import Heartbeat
@@ -21,7 +22,7 @@ class Run:
         self.hook = StatusHook(folder, step, steps=100, num_ranks=2, clock=lambda: self.now)
 
     def step(self, step: int, **state: Any) -> None:
-        trainer = {"step": step, "is_last_step": False, "stopped_by": 0} | state
+        trainer = {"step": step, "is_last_step": False, "stopped_by": 0, "spread": None} | state
         self.hook.after_step(SimpleNamespace(**trainer))  # type: ignore[arg-type]
 
     def hear(self, seconds: float, *counts: int | None) -> None:
@@ -79,6 +80,14 @@ def test_a_rank_that_was_never_heard_is_silent_since_the_start(run: Run) -> None
     run.hear(40, 1, None)
     assert [rank.silent_seconds for rank in run.status.ranks] == [0.0, 40.0]
     assert run.status.ranks[1].host == ""
+
+
+def test_the_newest_spread_is_kept(run: Run) -> None:
+    spreads = [Spread(0.2, own_seconds, 0.0, 0.5, 1, "n2") for own_seconds in (0.3, 0.4)]
+    for step, spread in enumerate([None, *spreads, None]):
+        run.step(step, spread=spread)
+    run.hook.close()
+    assert run.status.spread == spreads[1]
 
 
 @pytest.mark.parametrize(

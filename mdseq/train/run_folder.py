@@ -6,26 +6,21 @@ import fcntl
 import json
 import os
 import platform
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from mdseq import __version__
 from mdseq.engine.checkpoint import CheckpointManifest, whole_checkpoints
 from mdseq.engine.config import EngineConfig
 from mdseq.errors import UserError
-from mdseq.files import nearest_existing
+from mdseq.files import nearest_existing, write_whole
 from mdseq.settings import flatten
 from mdseq.slurm import JOBS_FOLDER
 from mdseq.spec import RunSpec
+from mdseq.train.environment import Place, environment, with_earlier
 
-SPEC_FILE, LOCK_FILE = "spec.toml", "lock"
-_PACKAGES = ("torch", "deepspeed", "sentencepiece", "pyarrow", "numpy")
+SPEC_FILE, ENVIRONMENT_FILE, LOCK_FILE = "spec.toml", "environment.json", "lock"
 # What decides the trajectory; a run that continues must not change it.
 _FIXED_SECTIONS = ("seed", "model", "attention", "experts", "diffusion", "data")
 _FREE_KEYS = ("data.path", "data.micro_batch_size", "attention.engine", "model.activation_checkpointing")
@@ -103,18 +98,25 @@ class RunFolder:
             )
         return found_all[::-1]
 
-    def describe(self, spec: RunSpec, engine: EngineConfig) -> dict[str, bytes]:
-        """Write spec.toml, engine.json and environment.json, and return them by name; for rank 0 alone."""
+    def describe(self, spec: RunSpec, engine: EngineConfig, places: Sequence[Place]) -> dict[str, bytes]:
+        """Write spec.toml, engine.json and environment.json, and return them by name; for rank 0 alone.
+
+        Args:
+            spec, engine: What is run.
+            places: Where all ranks are, in their order.
+        """
         self.samples.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+        started = with_earlier(environment(places), self.path / ENVIRONMENT_FILE)
         files = {
             SPEC_FILE: spec.to_toml(),
             "engine.json": json.dumps(engine.values, indent=2) + "\n",
-            "environment.json": json.dumps(_environment(engine), indent=2) + "\n",
+            ENVIRONMENT_FILE: json.dumps(started, indent=2) + "\n",
         }
-        for name, text in files.items():
-            (self.path / name).write_text(text, encoding="utf-8")
-        return {name: text.encode() for name, text in files.items()}
+        contents = {name: text.encode() for name, text in files.items()}
+        for name, content in contents.items():
+            write_whole(self.path / name, content)
+        return contents
 
 
 def check_same_run(
@@ -139,16 +141,3 @@ def check_same_run(
             "  restore these, start another run with another --output, or mean it: --allow_changes"
         )
     return differences
-
-
-def _environment(engine: EngineConfig) -> dict[str, Any]:
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "host": platform.node(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "num_ranks": engine.num_ranks,
-        "packages": {"mdseq": __version__} | {name: version(name) for name in _PACKAGES},
-    }

@@ -29,6 +29,7 @@ from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
 from mdseq.spec import RunSpec
 from mdseq.train.attention import choose_attention
+from mdseq.train.environment import Place
 from mdseq.train.held_out import Probe, Validation
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook, ValidationHook
 from mdseq.train.loop import Hook, Trainer
@@ -179,11 +180,12 @@ def _restore(plan: RunPlan, trainer: Trainer, probe: Probe, shapes: Mapping[str,
 def _build_hooks(plan: RunPlan, trainer: Trainer, probe: Probe, checkpoints: CheckpointWriter) -> list[Hook]:
     """Metrics first, so that a checkpoint's step has been logged when it is saved."""
     spec, manifest = plan.spec, plan.corpus.manifest
+    places = trainer.agreement.gather(Place.of(trainer.device))
     writer = None
     files: dict[str, bytes] = {}
     if dist.get_rank() == 0:
         print(plan.rows.describe(), flush=True)
-        files = plan.run.describe(spec, plan.engine)
+        files = plan.run.describe(spec, plan.engine, places)
         writer = MetricsWriter(plan.run.path, trainer.step)
         files[TOKENIZER_FILE] = (Path(spec.data.path) / TOKENIZER_FILE).read_bytes()
     checkpoint = CheckpointManifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -49,6 +50,9 @@ def test_a_signal_to_any_rank_stops_all_after_the_step_and_nothing_is_lost(text_
         more = (f"schedule.steps={steps + 2}",)
         assert run_ranks(2, train, *arguments(text_dataset, tmp_path / folder, *more)) == [0, 0]
     assert torch.equal(losses(tmp_path / "run"), losses(tmp_path / "whole"))
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [node["ranks"] for node in environment["nodes"].values()] == [[0, 1]]
+    assert len(environment["earlier_starts"]) == 1
 
 
 def test_a_second_signal_stops_at_once(text_dataset, tmp_path):

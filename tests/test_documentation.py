@@ -110,7 +110,7 @@ def test_links_lead_somewhere(page):
 def test_files_that_are_named_exist(page):
     """Paths in code spans that begin with one of our folders."""
     spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
-    tops = ("mdseq/", "data_prep/", "launcher/", "ds_configs/", "docs/", "tests/")
+    tops = ("mdseq/", "data_prep/", "launcher/", "ds_configs/", "containers/", "docs/", "tests/")
     for path in (span for span in spans if span.startswith(tops) and " " not in span and "*" not in span):
         assert (ROOT / path).exists(), path
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mdseq.report.metrics import read_metrics
 from mdseq.train.watch import EXIT_HUNG
 from tests.dist.ranks import Ranks, run_ranks, train
 from tests.dist.test_elastic import spread
+from tests.dist.test_stragglers import SLOW_SECONDS, USUAL_SECONDS, told, train_unevenly
 from tests.dist.test_training import TINY, losses
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -57,6 +59,20 @@ def test_losses_are_those_of_one_gpu(one_gpu, text_dataset, tmp_path, num_ranks,
     difference = (losses(folder) / losses(one_gpu) - 1).abs().max().item()
     print(f"{num_ranks} GPUs, {ds_config}, experts over {experts_over}: losses differ by {difference:.1e} at most")
     assert difference < 1e-3
+
+
+@pytest.mark.parametrize(("num_ranks", "ds_config", "experts_over"), WAYS)
+@pytest.mark.parametrize("where", ["gpu", "forward"])
+def test_the_gpu_that_the_other_waits_for_is_named(text_dataset, tmp_path, where, num_ranks, ds_config, experts_over):
+    """Be it that the GPU is slow, or the process that feeds it."""
+    options = arguments(text_dataset, tmp_path / "run", num_ranks, ds_config, experts_over)
+    assert run_ranks(2, train_unevenly, where, 1, str(tmp_path / "printed"), *options) == [0, 0]
+    late = read_metrics(tmp_path / "run")[4:]
+    factor = median(line["own_seconds_slowest"] / line["own_seconds_median"] for line in late)
+    print(f"{ds_config}, slow in its {where}: {factor:.2f} times as long")
+    assert {line["slowest_rank"] for line in late} == {1}
+    assert factor == pytest.approx(SLOW_SECONDS / USUAL_SECONDS, rel=0.3)
+    assert len(told(tmp_path)) == 1
 
 
 def test_a_run_that_moves_from_two_to_one_and_back(one_gpu, text_dataset, tmp_path):

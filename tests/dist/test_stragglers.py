@@ -21,7 +21,7 @@ USUAL_SECONDS, SLOW_SECONDS = 0.1, 0.4
 
 
 def train_unevenly(where: str, slow_rank: int | None, printed: str, *options: str | Path) -> int:
-    """Every rank sleeps in its forward pass; the slow one longer, there or while it reads its data."""
+    """Every rank pauses in its forward pass, on its GPU if asked; the slow one longer, there or in its loader."""
     from launcher.run import main
     from mdseq.data.loader import Loader
     from mdseq.diffusion.objective import DiffusionObjective
@@ -30,7 +30,11 @@ def train_unevenly(where: str, slow_rank: int | None, printed: str, *options: st
     forward, read = DiffusionObjective.forward, Loader._read
 
     def sleepy_forward(self, batch):
-        time.sleep(SLOW_SECONDS if is_slow and where == "forward" else USUAL_SECONDS)
+        seconds = SLOW_SECONDS if is_slow and where != "loader" else USUAL_SECONDS
+        if where == "gpu":
+            torch.cuda._sleep(int(seconds * 1.5e9))  # in cycles of its clock
+        else:
+            time.sleep(seconds)
         return forward(self, batch)
 
     def sleepy_read(self, step):

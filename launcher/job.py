@@ -105,12 +105,11 @@ def training_job(training: Training, cluster: ClusterSpec) -> Job:
         "",
     ]
     spec = ["--spec", str(training.spec)] if training.spec is not None else []
-    if cluster.preflight:
-        lines += [f'"${{on_nodes[@]}}" {_quoted(ROOT / "launcher/preflight.py", *spec)} --output "$run"', ""]
     supervise = _quoted(sys.executable, "-m", "launcher.supervise", "--restarts", cluster.restarts)
     script = [ROOT / "launcher/run.py", "--ds_config", training.ds_config, *spec]
     script += ["--resume", training.resume] if training.resume != "auto" else []
     script += ["--allow_changes"] if training.allow_changes else []
+    script += ["--preflight"] if cluster.preflight else []
     overrides = _quoted(*training.sweep.common) + (' "${overrides[@]}"' if training.num_runs > 1 else "")
     lines += [
         f'exec {supervise} --run "$run" --requeue {cluster.save_seconds} -- \\',

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import psutil
 
-from launcher.rendezvous import Meeting, NotMet, Store, address_of, interface_towards, meet
+from launcher.rendezvous import Meeting, Store, address_of, interface_towards, meet
 from launcher.run import EXIT_NOT_MET, EXIT_USER_ERROR
 from launcher.stage import stage
-from mdseq.errors import UserError
+from mdseq.errors import NotMet, UserError
 from mdseq.slurm import NODES_VARIABLE
 from mdseq.train.signals import stop_status
 

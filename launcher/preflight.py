@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.figures import FIGURES, RankReport
-from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, run_folder
+from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, run_folder, tell_not_met
 from launcher.verdicts import Finding, judge, median_of, passes
-from mdseq.errors import UserError
+from mdseq.errors import NotMet, UserError
 from mdseq.spec import load_spec, preset_names
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str]) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except NotMet as error:
+        return tell_not_met(error, rank)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if not passed:

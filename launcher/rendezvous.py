@@ -19,17 +19,13 @@ from typing import Any
 
 import psutil
 
-from mdseq.errors import UserError
+from mdseq.errors import NotMet, UserError
 
 NUM_PORTS = 16
 FIRST_PORT, LAST_PORT = 20_000, 30_000  # below those that systems give out by themselves
 ATTEMPT_SECONDS = 3.0
 PAUSE_SECONDS = 0.2
 MAX_LINE = 65_536
-
-
-class NotMet(Exception):
-    """Nodes have not found each other, which another try may mend; the message names them."""
 
 
 @dataclass(frozen=True)

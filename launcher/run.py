@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 # As a script, python puts launcher/ on the path; the packages stand beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mdseq.errors import UserError
+from mdseq.errors import NotMet, UserError
 from mdseq.spec import load_spec, preset_names
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def main(arguments: Sequence[str]) -> int:
         if options.preflight and not options.dry_run and not _passes_preflight(options):
             return EXIT_PREFLIGHT_FAILED
         plan = _plan(options, show=rank == 0)
+    except NotMet as error:
+        return tell_not_met(error, rank)
     except UserError as error:  # the same on every rank
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -42,7 +44,6 @@ def main(arguments: Sequence[str]) -> int:
     if plan is None:
         return 0
 
-    from mdseq.engine.arrival import NotArrived
     from mdseq.train.guard import TrainingDiverged
     from mdseq.train.signals import stop_status
     from mdseq.train.start import train
@@ -52,9 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:  # of this rank alone, perhaps
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except NotArrived as error:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_NOT_MET
+    except NotMet as error:
+        return tell_not_met(error, rank)
     except TrainingDiverged as error:
         if rank == 0:
             print(f"error: {error}; {_where_to_go_on(plan)}", file=sys.stderr, flush=True)
@@ -70,6 +70,12 @@ def main(arguments: Sequence[str]) -> int:
         name = signal.Signals(signal_number).name
         print(f"stopped by {name}; the same command continues", file=sys.stderr, flush=True)
     return stop_status(signal_number)
+
+
+def tell_not_met(error: NotMet, rank: int) -> int:
+    """Print why ranks have not found each other; the exit status."""
+    print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return EXIT_NOT_MET
 
 
 def run_folder(output: Path | None, spec: Path | None) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.job import Job, Training, evaluation_job, preparation_job, training_job
+from launcher.run import run_folder
 from launcher.sweep import Sweep
 from mdseq.errors import UserError, exit_status
 from mdseq.slurm import ENDED, job_states, require_log_folder, require_slurm, submission_environment
@@ -95,7 +96,7 @@ def _prepare(options: argparse.Namespace) -> Submission:
         raise UserError("the runs of an array share one [cluster]; submit those that differ in it one by one")
     if any(other.data.path != spec.data.path for other in specs):
         raise UserError("the runs of an array share one dataset; submit those that differ in data.path one by one")
-    output = options.output or Path("runs") / (options.spec.stem if options.spec is not None else "default")
+    output = run_folder(options.output, options.spec)
     require_log_folder(output)
     for variant, of_variant in zip(sweep.variants, specs, strict=True):
         _check(options, of_variant, output / variant.name)

@@ -1,4 +1,4 @@
-"""The one exception that speaks to the user, and how a command line ends."""
+"""Exceptions that speak to the user, and how a command line ends."""
 
 import os
 import sys
@@ -10,6 +10,10 @@ class UserError(ValueError):
 
     Commands print the message alone, without a traceback, and exit with status 2.
     """
+
+
+class NotMet(Exception):
+    """Nodes or ranks of a run have not found each other, which another start may mend; the message names them."""
 
 
 def exit_status(command: Callable[[], object], when_interrupted: str) -> int:

@@ -46,7 +46,18 @@ def test_help_lists_every_target_and_needs_nothing(make):
     done, called = make()
     assert done.returncode == 0
     assert not called
-    for target in ("quickstart", "test", "prep", "train", "submit", "preflight", "generate", "evaluate", "report", "lint"):
+    for target in (
+        "quickstart",
+        "test",
+        "prep",
+        "train",
+        "submit",
+        "preflight",
+        "generate",
+        "evaluate",
+        "report",
+        "lint",
+    ):
         assert f"  {target} " in done.stdout
 
 

@@ -11,15 +11,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
+from mdseq.errors import NotMet
 from mdseq.slurm import NODES_VARIABLE
 
 ARRIVAL_SECONDS = 600.0
 LOOK_SECONDS = 0.2
 SLACK_SECONDS = 10.0  # for rank 0 to tell the others that it has given up
-
-
-class NotArrived(Exception):
-    """Ranks have not found each other, which another start may mend; the message names them."""
 
 
 def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
@@ -29,7 +26,7 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         The store of the process group, which rank 0 hosts, or torchrun's agent.
 
     Raises:
-        NotArrived: Not all have come within `seconds`, or rank 0 cannot be reached.
+        NotMet: Not all have come within `seconds`, or rank 0 cannot be reached.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -45,14 +42,14 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         problem = store.get("gathered").decode()
     except dist.DistError as error:
         if rank == 0 and "EADDRINUSE" in str(error):
-            raise NotArrived(f"port {port} of {platform.node()} is taken; give --master_port another") from None
+            raise NotMet(f"port {port} of {platform.node()} is taken; give --master_port another") from None
         reason = str(error).splitlines()[0]
-        raise NotArrived(
+        raise NotMet(
             f"rank {rank} on {platform.node()} has not met rank 0 within {seconds:g} s at {address}, port {port}: see "
             f"whether that has started, and whether a firewall stands between them ({reason})"
         ) from None
     if problem:
-        raise NotArrived(problem)
+        raise NotMet(problem)
     return store
 
 

@@ -94,7 +94,7 @@ def train(plan: RunPlan) -> int:
         The signal that has ended the run early, or 0.
 
     Raises:
-        NotArrived: Not all ranks have come.
+        NotMet: Not all ranks have come.
         UserError: A mistake that shows only now.
         TrainingDiverged: Too many steps in a row could not be taken.
         MemoryError: There is not enough; with what to lower.

@@ -18,7 +18,7 @@ from tests.cluster.slurm import wait_until
 
 ROOT = Path(__file__).parents[2]
 
-# Leaves what it was started with in a file; as asked, ends with a status, or waits for a signal and ends as training does.
+# Leaves what it was started with in a file; then ends with a status, or waits for a signal and ends as training does.
 RANK = """
 import json, os, signal, sys, time
 folder, ending = sys.argv[2], sys.argv[3]
@@ -50,8 +50,8 @@ class Nodes:
             subprocess.Popen(
                 [
                     sys.executable, "-m", "launcher.node", "--nodes", "n1,n2", "--node", str(number), "--address",
-                    "127.0.0.1", "--name", str(folder), "--ranks", str(ranks), *options, str(script), str(folder), ending,
-                    "--more", "a b",
+                    "127.0.0.1", "--name", str(folder), "--ranks", str(ranks), *options,
+                    str(script), str(folder), ending, "--more", "a b",
                 ],
                 cwd=ROOT,
                 env=environment,

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launcher.rendezvous import Meeting, NotMet, Store, address_of, interface_towards, meet
-from mdseq.errors import UserError
+from launcher.rendezvous import Meeting, Store, address_of, interface_towards, meet
+from mdseq.errors import NotMet, UserError
 
 _names = iter(range(10**6))
 

@@ -24,7 +24,5 @@ export MDSEQ_NODES="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,
 run=runs/novels
 on_nodes=(srun --kill-on-bad-exit=1 --cpu-bind=none '--container-image=registry#team/mdseq:1.0' --container-mounts=CHECKOUT:CHECKOUT,CHECKOUT/data/novels:CHECKOUT/data/novels,CHECKOUT/runs:CHECKOUT/runs,/models:/models --container-workdir=CHECKOUT python3 -m launcher.node --ranks 4 --network ib0 --scratch '$TMPDIR' --data data/novels)
 
-"${on_nodes[@]}" CHECKOUT/launcher/preflight.py --spec moe --output "$run"
-
 exec PYTHON -m launcher.supervise --restarts 0 --run "$run" --requeue 120 -- \
-    "${on_nodes[@]}" CHECKOUT/launcher/run.py --ds_config ds_configs/zero3_experts.json --spec moe --output "$run"
+    "${on_nodes[@]}" CHECKOUT/launcher/run.py --ds_config ds_configs/zero3_experts.json --spec moe --preflight --output "$run"

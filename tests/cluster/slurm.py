@@ -177,12 +177,17 @@ class Slurm:
         return dict(line.split() for line in lines)
 
     def wait_for(self, job: str, state: str = "COMPLETED", seconds: float = 30) -> None:
-        """Return when the job, with all tasks of an array, is in this state. Raises TimeoutError."""
+        """Return when the job, with all tasks of an array, is in this state.
+
+        Raises TimeoutError, and RuntimeError once one has failed that should not.
+        """
         states: dict[str, str] = {}
 
         def reached() -> bool:
             nonlocal states
             states = self.job_states(job)
+            if state != "FAILED" and "FAILED" in states.values():
+                raise RuntimeError(f"job {job}: {states}")
             return set(states.values()) == {state}
 
         try:

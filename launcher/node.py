@@ -27,7 +27,7 @@ from launcher.rendezvous import Meeting, Store, address_of, interface_towards, m
 from launcher.run import EXIT_NOT_MET, EXIT_USER_ERROR
 from launcher.stage import stage
 from mdseq.errors import NotMet, UserError
-from mdseq.slurm import NODES_VARIABLE
+from mdseq.slurm import NODES_VARIABLE, START_VARIABLE
 from mdseq.train.signals import stop_status
 
 CACHES = ("TMPDIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TORCH_EXTENSIONS_DIR")
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> int:
 def _run(options: argparse.Namespace) -> int:
     place = Place.of(options)
     command: list[str] = [options.script, *options.arguments]
-    environment = {NODES_VARIABLE: ",".join(place.nodes)}
+    environment = {NODES_VARIABLE: ",".join(place.nodes), START_VARIABLE: place.name}
     data = options.data
     if options.scratch:
         scratch = Path(os.path.expandvars(options.scratch))

@@ -2,7 +2,7 @@
 
 The first node listens on the first of a few ports that is free; which these are follows from the name of the run, so
 nobody needs to be told. The others try them all until one answers with that name: on a port that somebody else has,
-nobody does. When all have come, the first tells them the address and a free port of its own for torch's store.
+nobody does. When all have come, the first tells them the address, and another of these ports for torch's store.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import psutil
 from mdseq.errors import NotMet, UserError
 
 NUM_PORTS = 16
-FIRST_PORT, LAST_PORT = 20_000, 30_000  # below those that systems give out by themselves
+FIRST_PORT, LAST_PORT = 20_000, 30_000  # systems give none of these to whoever asks for any
 ATTEMPT_SECONDS = 3.0
 PAUSE_SECONDS = 0.2
 MAX_LINE = 65_536
@@ -100,7 +100,9 @@ class _Host:
                 raise NotMet(problem)
             lines = list(self._came.values())
             visited = lines[0].connection.getsockname()[0] if lines else "127.0.0.1"
-            store = Store(address_of(meeting.network) if meeting.network else _plain(visited), _free_port())
+            address = address_of(meeting.network) if meeting.network else _plain(visited)
+            with self._listen() as free:
+                store = Store(address, free.getsockname()[1])
             self._tell(asdict(store))
             return store
 
@@ -212,11 +214,6 @@ def _plain(address: str) -> str:
     parsed = ip_address(address.partition("%")[0])
     mapped = getattr(parsed, "ipv4_mapped", None)
     return str(mapped) if mapped else address
-
-
-def _free_port() -> int:
-    with _listener(0) as probe:
-        return probe.getsockname()[1]
 
 
 class _Line:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mdseq.errors import UserError
 
-NODES_VARIABLE = "MDSEQ_NODES"  # names of a run's nodes, with commas
+# What launcher/node.py tells the ranks: the names of the run's nodes, with commas, and what only this start is called.
+NODES_VARIABLE, START_VARIABLE = "MDSEQ_NODES", "MDSEQ_START"
 JOBS_FOLDER = "slurm"  # in a run folder: scripts and logs of the jobs that have trained it
 
 # States of a job that will not run any more.

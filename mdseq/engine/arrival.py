@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from mdseq.errors import NotMet
-from mdseq.slurm import NODES_VARIABLE
+from mdseq.slurm import NODES_VARIABLE, START_VARIABLE
 
 ARRIVAL_SECONDS = 600.0
 LOOK_SECONDS = 0.2
@@ -33,9 +33,11 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(seconds=seconds + SLACK_SECONDS)
     try:
-        store = TCPStore(
+        store: Store = TCPStore(
             address, port, num_ranks, rank == 0 and not agent, patience, wait_for_workers=False, multi_tenant=True
         )
+        # Should the port by now be another run's, nothing is said to it.
+        store = PrefixStore(os.environ.get(START_VARIABLE, ""), store)
         store.set(f"arrived/{rank}", platform.node())
         if rank == 0:
             store.set("gathered", _gather(store, num_ranks, seconds))

@@ -14,12 +14,14 @@ from types import FrameType
 
 import torch.distributed as dist
 
+from mdseq.engine import waiting
+
 EXIT_HUNG = 5
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
 NO_STEP = "no step for {:g} s (guard.hang_seconds)"
 # Whoever stands in these waits for the others, or for a GPU that does.
-_WAITING_ROOMS = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}")
+_WAITING_ROOMS = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}", waiting.__file__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Watch:
         first = seen = self._step()
         since, count = time.monotonic(), 0
         try:
+            self._tell(count, seen)  # where it is, should it never tell again
             while not self._over.wait(HEARTBEAT_SECONDS):
                 count += 1
                 step = self._step()

@@ -41,10 +41,12 @@ def outcomes(meeting: Meeting, nodes: Sequence[int]) -> list[Store | Exception]:
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_all_get_the_same_address_and_a_free_port(order: tuple[int, ...]) -> None:
-    first, *others = outcomes(meeting(), order)
+    where = meeting()
+    first, *others = outcomes(where, order)
     assert isinstance(first, Store)
     assert first.address == "127.0.0.1"
     assert all(other == first for other in others)
+    assert first.port in where.ports
     with socket.create_server(("", first.port)):
         pass
 

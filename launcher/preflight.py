@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.figures import FIGURES, RankReport
-from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, run_folder, tell_not_met
+from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, leave, run_folder, tell_mistake, tell_not_met
 from launcher.verdicts import Finding, judge, median_of, passes
 from mdseq.errors import NotMet, UserError
 from mdseq.spec import load_spec, preset_names
@@ -38,10 +38,8 @@ def main(arguments: Sequence[str]) -> int:
         data = load_spec(options.spec, [] if options.data is None else [f"data.path={options.data}"]).spec.data.path
         minima = read_minima(options.minimum)
         passed = preflight(data, run_folder(options.output, options.spec), minima, options.json)
-    except UserError as error:  # the same on every rank
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    except UserError as error:
+        return tell_mistake(error, rank)
     except NotMet as error:
         return tell_not_met(error, rank)
     except KeyboardInterrupt:
@@ -255,4 +253,4 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

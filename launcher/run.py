@@ -7,12 +7,15 @@ gives one message and exit status 2, and nothing is written.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 # As a script, python puts launcher/ on the path; the packages stand beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4
 EXIT_NOT_MET = 6  # ranks, or nodes; another start may find all of them
 EXIT_PREFLIGHT_FAILED = 7
+RANK_0_SECONDS = 10.0  # launchers kill the others when one ends, and rank 0 has to tell why
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,10 +41,8 @@ def main(arguments: Sequence[str]) -> int:
         plan = _plan(options, show=rank == 0)
     except NotMet as error:
         return tell_not_met(error, rank)
-    except UserError as error:  # the same on every rank
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+    except UserError as error:
+        return tell_mistake(error, rank)
     if plan is None:
         return 0
 
@@ -70,6 +72,15 @@ def main(arguments: Sequence[str]) -> int:
         name = signal.Signals(signal_number).name
         print(f"stopped by {name}; the same command continues", file=sys.stderr, flush=True)
     return stop_status(signal_number)
+
+
+def tell_mistake(error: UserError, rank: int) -> int:
+    """Print a mistake that every rank has found, once; the exit status."""
+    if rank:
+        time.sleep(RANK_0_SECONDS)
+        return EXIT_USER_ERROR
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
 
 
 def tell_not_met(error: NotMet, rank: int) -> int:
@@ -163,5 +174,18 @@ def _plan(options: argparse.Namespace, show: bool) -> RunPlan | None:
     return plan_run(resolved.spec, engine, output, options.resume, options.allow_changes)
 
 
+def leave(status: int) -> NoReturn:
+    """End the process as it is.
+
+    While an interpreter is torn down, gloo's threads may still be letting go of the last collective's tensors, and need
+    it: torch 2.13 then aborts, one time in some dozens.
+    """
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -220,7 +220,7 @@ class Slurm:
             raise RuntimeError(f"{node} was killed, and still runs {alive}")
 
     def _configure(self) -> None:
-        ports = _free_ports(1 + len(NODES))
+        ports = free_ports(1 + len(NODES))
         about = f"NodeHostname=localhost NodeAddr=127.0.0.1 CPUs={CPUS_A_NODE} RealMemory=8000 State=UNKNOWN"
         nodes = [f"NodeName={node} Port={port} {about}" for node, port in zip(NODES, ports[1:], strict=True)]
         (self.folder / "state").mkdir()
@@ -265,7 +265,7 @@ class Slurm:
         return "\n".join(lines)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Different ports that nobody listens on just now."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -199,7 +199,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
             process.kill()
     told = (tmp_path / "told-0").read_text() + (tmp_path / "told-1").read_text()
     assert "error: no check has ended for 1 s" in told
-    assert "rank 1 is not waiting for the others: it is at " in told
+    assert f"rank 1 on {platform.node()} is not waiting for the others: it is at " in told
 
 
 def late_to_see(rank: int) -> None:

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import psutil
 
 from launcher.rendezvous import Meeting, Store, address_of, interface_towards, meet
-from launcher.run import EXIT_NOT_MET, EXIT_USER_ERROR
+from launcher.run import EXIT_SEPARATED, EXIT_USER_ERROR
 from launcher.stage import stage
-from mdseq.errors import NotMet, UserError
+from mdseq.errors import Separated, UserError
 from mdseq.slurm import NODES_VARIABLE, START_VARIABLE
 from mdseq.train.signals import stop_status
 
@@ -113,9 +113,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         return _run(options)
-    except (UserError, NotMet) as error:
+    except (UserError, Separated) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_NOT_MET
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SEPARATED
     except KeyboardInterrupt:
         return stop_status(signal.SIGINT)
 
@@ -136,7 +136,7 @@ def _run(options: argparse.Namespace) -> int:
         environment |= _networks(store, options.network)
     world = {name: list(range(options.ranks)) for name in place.nodes}
     launch = [
-        sys.executable, "-m", "deepspeed.launcher.launch", "--quiet",
+        sys.executable, "-m", "deepspeed.launcher.launch", "--log_level=critical",
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         f"--node_rank={place.node}", f"--master_addr={store.address}", f"--master_port={store.port}",
     ]  # fmt: skip

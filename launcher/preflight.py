@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.figures import FIGURES, RankReport
-from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, leave, run_folder, tell_mistake, tell_not_met
+from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, leave, run_folder, tell_mistake, tell_separated
 from launcher.verdicts import Finding, judge, median_of, passes
-from mdseq.errors import NotMet, UserError
+from mdseq.errors import Separated, UserError
 from mdseq.spec import load_spec, preset_names
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         passed = preflight(data, run_folder(options.output, options.spec), minima, options.json)
     except UserError as error:
         return tell_mistake(error, rank)
-    except NotMet as error:
-        return tell_not_met(error, rank)
+    except Separated as error:
+        return tell_separated(error, rank)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     if not passed:

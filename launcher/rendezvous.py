@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from mdseq.errors import NotMet, UserError
+from mdseq.errors import Separated, UserError
 
 NUM_PORTS = 16
 FIRST_PORT, LAST_PORT = 20_000, 30_000  # systems give none of these to whoever asks for any
@@ -70,7 +70,7 @@ def meet(meeting: Meeting, node: int) -> Store:
         node: This one, counted from 0.
 
     Raises:
-        NotMet: Not all have come in time; it names those that have not, or, where the first cannot be reached, that.
+        Separated: Not all have come in time; it names those that have not, or, where the first cannot be reached, that.
         UserError: The first node's address, or network, means nothing.
     """
     return _Host(meeting).wait() if node == 0 else _visit(meeting, node)
@@ -97,7 +97,7 @@ class _Host:
             if missing:
                 problem = _missing(meeting, sorted(missing))
                 self._tell({"error": problem})
-                raise NotMet(problem)
+                raise Separated(problem)
             lines = list(self._came.values())
             visited = lines[0].connection.getsockname()[0] if lines else "127.0.0.1"
             address = address_of(meeting.network) if meeting.network else _plain(visited)
@@ -111,7 +111,7 @@ class _Host:
             with contextlib.suppress(OSError):
                 return _listener(port)
         host, ports = self.meeting.nodes[0], self.meeting.ports
-        raise NotMet(f"{host} cannot listen on any of its ports {ports[0]} to {ports[-1]}: all are taken")
+        raise Separated(f"{host} cannot listen on any of its ports {ports[0]} to {ports[-1]}: all are taken")
 
     def _receive(self, visitor: socket.socket) -> int:
         """Which node it is; raises for anybody else."""
@@ -146,7 +146,7 @@ def _visit(meeting: Meeting, node: int) -> Store:
                     # The others may come as late as they are allowed to, and the host is given time to tell.
                     answer = line.read(max(0.0, deadline - time.monotonic()) + 2 * ATTEMPT_SECONDS)
                 if "error" in answer:
-                    raise NotMet(answer["error"])
+                    raise Separated(answer["error"])
                 return Store(answer["address"], answer["port"])
             except socket.gaierror as error:
                 raise UserError(f"{here} does not know {host}'s address {meeting.address}: {error.strerror}") from None
@@ -154,7 +154,7 @@ def _visit(meeting: Meeting, node: int) -> Store:
                 reason = str(error)
         time.sleep(PAUSE_SECONDS)
     ports = meeting.ports
-    raise NotMet(
+    raise Separated(
         f"{here} has not met {host} within {meeting.seconds:g} s at {meeting.address}, ports {ports[0]} to {ports[-1]} "
         f"({reason}); see whether {host} has started, and whether a firewall stands between them"
     )

@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, NoReturn
 # As a script, python puts launcher/ on the path; the packages stand beside it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mdseq.errors import NotMet, UserError
+from mdseq.errors import Separated, UserError
 from mdseq.spec import load_spec, preset_names
 
 if TYPE_CHECKING:
     from mdseq.train.start import RunPlan
 
 EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = 2, 3, 4
-EXIT_NOT_MET = 6  # ranks, or nodes; another start may find all of them
+EXIT_SEPARATED = 6  # ranks, or nodes, from each other; another start may find all of them
 EXIT_PREFLIGHT_FAILED = 7
 RANK_0_SECONDS = 10.0  # launchers kill the others when one ends, and rank 0 has to tell why
 
@@ -39,8 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         if options.preflight and not options.dry_run and not _passes_preflight(options):
             return EXIT_PREFLIGHT_FAILED
         plan = _plan(options, show=rank == 0)
-    except NotMet as error:
-        return tell_not_met(error, rank)
+    except Separated as error:
+        return tell_separated(error, rank)
     except UserError as error:
         return tell_mistake(error, rank)
     if plan is None:
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:  # of this rank alone, perhaps
         print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
-    except NotMet as error:
-        return tell_not_met(error, rank)
+    except Separated as error:
+        return tell_separated(error, rank)
     except TrainingDiverged as error:
         if rank == 0:
             print(f"error: {error}; {_where_to_go_on(plan)}", file=sys.stderr, flush=True)
@@ -83,10 +83,10 @@ def tell_mistake(error: UserError, rank: int) -> int:
     return EXIT_USER_ERROR
 
 
-def tell_not_met(error: NotMet, rank: int) -> int:
-    """Print why ranks have not found each other; the exit status."""
+def tell_separated(error: Separated, rank: int) -> int:
+    """Print why ranks are without each other; the exit status."""
     print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    return EXIT_NOT_MET
+    return EXIT_SEPARATED
 
 
 def run_folder(output: Path | None, spec: Path | None) -> Path:

@@ -12,8 +12,8 @@ class UserError(ValueError):
     """
 
 
-class NotMet(Exception):
-    """Nodes or ranks of a run have not found each other, which another start may mend; the message names them."""
+class Separated(Exception):
+    """Nodes or ranks of a run have not found each other, or have lost each other; another start may mend it."""
 
 
 def exit_status(command: Callable[[], object], when_interrupted: str) -> int:

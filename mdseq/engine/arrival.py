@@ -1,9 +1,10 @@
-"""How the ranks of a run find each other, and who is named when one does not come."""
+"""How the ranks of a run find each other, who is named when one does not come, and what it looks like to lose one."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable
 from datetime import timedelta
@@ -11,10 +12,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from mdseq.errors import NotMet
+from mdseq.errors import Separated
 from mdseq.slurm import NODES_VARIABLE, START_VARIABLE
 
 ARRIVAL_SECONDS = 600.0
+_GONE = re.compile(
+    r"gloo/transport.*(Connection (reset|closed|refused)|Broken pipe|No route to host|timed out)|remote process exited",
+    re.IGNORECASE | re.DOTALL,
+)
 LOOK_SECONDS = 0.2
 SLACK_SECONDS = 10.0  # for rank 0 to tell the others that it has given up
 
@@ -26,7 +31,7 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         The store of the process group, which rank 0 hosts, or torchrun's agent.
 
     Raises:
-        NotMet: Not all have come within `seconds`, or rank 0 cannot be reached.
+        Separated: Not all have come within `seconds`, or rank 0 cannot be reached.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -44,15 +49,20 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         problem = store.get("gathered").decode()
     except dist.DistError as error:
         if rank == 0 and "EADDRINUSE" in str(error):
-            raise NotMet(f"port {port} of {platform.node()} is taken; give --master_port another") from None
+            raise Separated(f"port {port} of {platform.node()} is taken; give --master_port another") from None
         reason = str(error).splitlines()[0]
-        raise NotMet(
+        raise Separated(
             f"rank {rank} on {platform.node()} has not met rank 0 within {seconds:g} s at {address}, port {port}: see "
             f"whether that has started, and whether a firewall stands between them ({reason})"
         ) from None
     if problem:
-        raise NotMet(problem)
+        raise Separated(problem)
     return store
+
+
+def has_lost_ranks(error: BaseException) -> bool:
+    """Whether this is how gloo, or NCCL, tells that another rank is gone."""
+    return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
 
 
 def _gather(store: Store, num_ranks: int, seconds: float) -> str:

@@ -28,7 +28,7 @@ def start_processes(arrival_seconds: float = ARRIVAL_SECONDS) -> torch.device:
         The device of this rank.
 
     Raises:
-        NotMet: They have not all come.
+        Separated: They have not all come.
     """
     on_gpu = torch.cuda.is_available()
     if not on_gpu:

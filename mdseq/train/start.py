@@ -18,12 +18,13 @@ from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.diffusion.objective import DiffusionObjective
 from mdseq.diffusion.schedule import NoiseSchedule
 from mdseq.engine.agreement import Agreement
+from mdseq.engine.arrival import has_lost_ranks
 from mdseq.engine.build import build_engine, start_processes, stop_processes
 from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, damaged_files, load_checkpoint
 from mdseq.engine.config import EngineConfig
 from mdseq.engine.ema import WeightAverage
 from mdseq.engine.partitions import partitions_of
-from mdseq.errors import UserError
+from mdseq.errors import Separated, UserError
 from mdseq.model.denoiser import DenoiserConfig
 from mdseq.model.saved import ModelConfig
 from mdseq.report.metrics import MetricsWriter
@@ -94,7 +95,7 @@ def train(plan: RunPlan) -> int:
         The signal that has ended the run early, or 0.
 
     Raises:
-        NotMet: Not all ranks have come.
+        Separated: Not all ranks have come, or one is gone.
         UserError: A mistake that shows only now.
         TrainingDiverged: Too many steps in a row could not be taken.
         MemoryError: There is not enough; with what to lower.
@@ -105,6 +106,10 @@ def train(plan: RunPlan) -> int:
         with agreement.on_rank_0(plan.run.lock()):
             return _train(plan, agreement, device)
     except Exception as error:
+        if has_lost_ranks(error):
+            # Where each of those that are left stands, is long to tell; why, the lost one has told.
+            reason = str(error).splitlines()[0]
+            raise Separated(f"another rank is gone; see what that one tells, here or on its node ({reason})") from error
         if not is_out_of_memory(error):
             raise
         vocab_size = plan.corpus.manifest.vocab_size

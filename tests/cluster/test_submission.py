@@ -20,7 +20,7 @@ CLUSTER = [
     "cluster.nodes=2", "cluster.gpus_per_node=0", "cluster.cpus_per_node=1", "cluster.memory_gb_per_node=2",
     "cluster.time_minutes=20", 'cluster.setup=["export OMP_NUM_THREADS=1"]',
 ]  # fmt: skip
-STEPS = 200
+STEPS, LONG = 200, 1500
 RUN = ["data.micro_batch_size=2", "report.log_interval_steps=5", "checkpoint.interval_steps=25"]
 # Slurm waits before it starts a job again, and each start costs as much as hundreds of steps.
 PATIENCE_SECONDS = 240
@@ -48,22 +48,25 @@ def log_of(folder: Path, job: str) -> str:
     return (folder / "slurm" / f"{job}.log").read_text()
 
 
+def without_slurm(dataset: Path, folder: Path, steps: int = STEPS) -> Path:
+    """The same run, left in peace."""
+    return run(dataset, folder, 2, "zero3_experts", *RUN, f"schedule.steps={steps}")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(text_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same without Slurm."""
-    folder = tmp_path_factory.mktemp("calm") / "run"
-    return run(text_dataset, folder, 2, "zero3_experts", *RUN, f"schedule.steps={STEPS}")
+    return without_slurm(text_dataset, tmp_path_factory.mktemp("calm") / "run")
 
 
-def assert_ended_like(undisturbed: Path, folder: Path, job: str) -> None:
-    expected = state(undisturbed, STEPS)
-    found = state(folder, STEPS)
+def assert_ended_like(undisturbed: Path, folder: Path, job: str, steps: int = STEPS) -> None:
+    expected = state(undisturbed, steps)
+    found = state(folder, steps)
     assert found.keys() == expected.keys()
     different = [name for name, weight in found.items() if not torch.equal(weight, expected[name])]
     assert not different, log_of(folder, job)
     status = RunStatus.read(folder)
     assert status is not None
-    assert (status.state, status.job, status.step) == ("finished", job, STEPS)
+    assert (status.state, status.job, status.step) == ("finished", job, steps)
 
 
 def test_a_job_that_is_requeued_goes_on(near: Slurm, text_dataset, tmp_path, capsys, undisturbed) -> None:
@@ -87,13 +90,13 @@ def test_a_job_that_is_requeued_goes_on(near: Slurm, text_dataset, tmp_path, cap
 def test_a_time_limit_is_no_end(near: Slurm, text_dataset, tmp_path, capsys) -> None:
     """Slurm's own signal, a minute before its limit: saved, queued again, and so on until all steps are taken."""
     folder = tmp_path / "run"
-    (job,) = submit(text_dataset, folder, capsys, "cluster.time_minutes=2", "cluster.save_seconds=60", steps=1500)
+    (job,) = submit(text_dataset, folder, capsys, "cluster.time_minutes=2", "cluster.save_seconds=60", steps=LONG)
     near.wait_for(job, seconds=540)
     log = log_of(folder, job)
     assert f"saved before the time limit; job {job} is queued again" in log
+    assert_ended_like(without_slurm(text_dataset, tmp_path / "calm", LONG), folder, job, LONG)
     status = RunStatus.read(folder)
     assert status is not None
-    assert (status.state, status.step) == ("finished", 1500)
     assert status.starts == 1 + log.count("is queued again")
 
 

@@ -60,7 +60,11 @@ class Ranks:
 
     def results(self) -> list[Any]:
         """What the function has returned, by rank; raises if a rank has died."""
-        return [_receive(pipe, rank) for rank, pipe in enumerate(self.pipes)]
+        return [self.result(rank) for rank in range(len(self.pipes))]
+
+    def result(self, rank: int) -> Any:
+        """Of one rank; raises if it has died."""
+        return _receive(self.pipes[rank], rank)
 
 
 def train(*arguments: str | Path) -> int:

@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 
-from mdseq.errors import NotMet
+from mdseq.errors import Separated
 from tests.dist.ranks import run_ranks
 
 HERE = platform.node()
@@ -21,7 +21,7 @@ def meet(seconds: float = 30.0, **variables: str) -> str:
     arrival.SLACK_SECONDS = 1.0
     try:
         store = arrival.meet_ranks(seconds)
-    except NotMet as error:
+    except Separated as error:
         return str(error)
     store.set(os.environ["RANK"], "x")
     store.wait([str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))])

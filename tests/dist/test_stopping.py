@@ -6,12 +6,14 @@ import json
 import os
 import platform
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from launcher.run import EXIT_SEPARATED
 from mdseq.engine.checkpoint import whole_checkpoints
 from mdseq.report.metrics import read_metrics
 from mdseq.report.status import RunStatus
@@ -107,6 +109,26 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
     assert status.state in ("failed", "running"), "rank 0 was told by an error, or was ended first"
     assert [rank.host for rank in status.ranks] == [platform.node()] * 2
     assert [rank.step for rank in status.ranks] == [status.step] * 2
+
+
+@pytest.mark.parametrize("ds_config", ["zero2", "zero3_experts"])
+def test_when_a_rank_is_killed_the_others_say_so_and_end(text_dataset, tmp_path, ds_config):
+    """With a status that has the run started again, and no pages of where they were."""
+    options = arguments(text_dataset, tmp_path / "run", "schedule.steps=100000", ds_config=ds_config)
+    with Ranks(2, train_loudly, str(tmp_path / "errors"), *options) as ranks:
+        wait_for_steps(tmp_path / "run", 3)
+        ranks.processes[1].kill()
+        assert ranks.result(0) == EXIT_SEPARATED
+    told = (tmp_path / "errors-0").read_text()
+    assert "error on rank 0: another rank is gone; see what that one tells, here or on its node" in told
+    assert "Traceback" not in told
+
+
+def train_loudly(errors: str, *options: str | Path) -> int:
+    with open(f"{errors}-{os.environ['RANK']}", "w", buffering=1) as file:
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file
+        return train(*options)
 
 
 def train_poisoned(steps: list[int], what: str, *options: str | Path) -> int:

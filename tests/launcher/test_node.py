@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launcher import node
-from launcher.run import EXIT_NOT_MET, EXIT_USER_ERROR
+from launcher.run import EXIT_SEPARATED, EXIT_USER_ERROR
 from tests.cluster.slurm import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_the_status_of_a_rank_is_that_of_its_node(tmp_path: Path) -> None:
 
 def test_a_node_that_does_not_come_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes", "n1,n2", "--node", "0", "--name", str(tmp_path), "--wait", "0.5", "script.py"]
-    assert node.main(options) == EXIT_NOT_MET
+    assert node.main(options) == EXIT_SEPARATED
     assert capsys.readouterr().err.startswith("error: n2 (node 1) did not arrive within 0.5 s")
 
 

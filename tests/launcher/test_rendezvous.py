@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from launcher.rendezvous import Meeting, Store, address_of, interface_towards, meet
-from mdseq.errors import NotMet, UserError
+from mdseq.errors import Separated, UserError
 
 _names = iter(range(10**6))
 
@@ -28,7 +28,7 @@ def outcomes(meeting: Meeting, nodes: Sequence[int]) -> list[Store | Exception]:
     def come(node: int) -> Store | Exception:
         try:
             return meet(meeting, node)
-        except (NotMet, UserError) as error:
+        except (Separated, UserError) as error:
             return error
 
     with ThreadPoolExecutor(len(nodes)) as pool:
@@ -86,13 +86,13 @@ def test_who_does_not_come_is_named_to_all_who_did() -> None:
     found = outcomes(meeting(["n1", "n2", "n3", "n4"], seconds=1.5), (0, 2))
     assert len(found) == 2
     for error in found:
-        assert isinstance(error, NotMet)
+        assert isinstance(error, Separated)
         assert "n2 (node 1), n4 (node 3) did not arrive within 1.5 s; 2 of 4 nodes did" in str(error)
 
 
 def test_a_first_node_that_does_not_come_is_named() -> None:
     (error,) = outcomes(meeting(seconds=1.0), (1,))
-    assert isinstance(error, NotMet)
+    assert isinstance(error, Separated)
     assert "n2 has not met n1 within 1 s at 127.0.0.1" in str(error)
 
 
@@ -137,7 +137,7 @@ def test_all_ports_taken() -> None:
     where = meeting(["n1", "n2"])
     servers = [socket.create_server(("", port)) for port in where.ports]
     try:
-        with pytest.raises(NotMet, match="n1 cannot listen on any of its ports"):
+        with pytest.raises(Separated, match="n1 cannot listen on any of its ports"):
             meet(where, 0)
     finally:
         for server in servers:

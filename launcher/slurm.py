@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,10 +76,16 @@ def _run(options: argparse.Namespace) -> None:
         return
     require_slurm("run launcher/run.py here, or --print the script")
     _refuse_twice(submission.folder)
-    submission.folder.mkdir(parents=True, exist_ok=True)
+    submission.folder.mkdir(parents=True, exist_ok=True)  # Slurm makes none
     before = options.after
     for job in submission.jobs:
-        before = _submit(job, submission, before)
+        try:
+            before = _submit(job, submission, before)
+        except UserError:
+            with suppress(OSError):  # they are not empty, and were there before
+                submission.folder.rmdir()
+                submission.folder.parent.rmdir()
+            raise
         log = str(submission.folder / job.log).replace("%j", before).replace("%A", before)
         print(f"job {before}: {job.purpose}; log {log}" + (" (%a: number of the task)" if "%a" in log else ""))
     print("`squeue --me` lists the queue, `scancel JOB` calls a job off, `mdseq status RUN` tells how a run is doing")

@@ -130,4 +130,6 @@ def _why(choice: Choice, found: Sequence[Choice], memory_bytes: float) -> str:
     parts = choice.communication
     kinds = {"gradients and updated weights": parts.updates, "tokens": parts.tokens, "gathered weights": parts.gathered}
     listed = ", ".join(f"{_gib(traffic.total)} GiB of {name}" for name, traffic in kinds.items() if traffic.total)
-    return f"of {num_fitting} that fit with a tenth to spare it waits least for what is sent: {listed or 'nothing'}"
+    if not listed:
+        return f"nothing is sent, and of {num_fitting} that fit with a tenth to spare it takes the least memory"
+    return f"of {num_fitting} that fit with a tenth to spare it waits least for what is sent: {listed}"

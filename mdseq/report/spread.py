@@ -70,5 +70,5 @@ class Spread:
         return (
             f"rank {self.slowest_rank} on {self.slowest_host} takes {self.factor:.1f} times as long as the median "
             f"(own time {self.own_seconds_slowest:.3g} s a step, median {self.own_seconds_median:.3g} s; "
-            f"{self.data_seconds_slowest:.3g} s waiting for data)"
+            f"{round(self.data_seconds_slowest, 3):.3g} s waiting for data)"
         )

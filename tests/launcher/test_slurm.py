@@ -100,6 +100,7 @@ def test_what_slurm_says_is_passed_on(text_dataset, tmp_path, capsys, slurm) -> 
     assert submit(text_dataset, tmp_path / "run", "cluster.partition=gold") == 2
     assert "Slurm refused the job; see [cluster]" in (told := capsys.readouterr().err)
     assert "invalid partition specified: gold" in told
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class Place:
             )
         address = options.address or os.environ.get("SLURM_LAUNCH_NODE_IPADDR", nodes[0])
         step = [os.environ.get(f"SLURM_{part}", "") for part in ("JOB_ID", "RESTART_COUNT", "STEP_ID")]
-        return cls(nodes, node, address, options.name or ".".join(step))
+        run = f"{zlib.crc32(json.dumps([nodes, options.script, options.arguments]).encode()):08x}"
+        return cls(nodes, node, address, options.name or (".".join(step) if step[0] else run))
 
 
 class Node:
@@ -103,7 +105,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--nodes", default="", metavar="A,B,...", help="names of all nodes; default: of the Slurm job")
     parser.add_argument("--node", type=int, metavar="N", help="which of them this is, from 0; default: Slurm's")
     parser.add_argument("--address", default="", help="of the first node; default: Slurm's, or its name")
-    parser.add_argument("--name", default="", help="of the run, where several meet; default: the Slurm step")
+    parser.add_argument(
+        "--name",
+        default="",
+        help="of the run; default: by SCRIPT and its arguments",
+    )
     parser.add_argument("--network", default="", metavar="IF", help="interface between nodes, such as ib0")
     parser.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="for all nodes; default 300")
     parser.add_argument("--data", type=Path, metavar="DIR", help="dataset, given to the script as --data")

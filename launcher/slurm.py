@@ -143,13 +143,13 @@ def _check(options: argparse.Namespace, spec: RunSpec, output: Path) -> None:
 
 def _refuse_twice(folder: Path) -> None:
     """Raise UserError if a job of this run waits or runs: two would write to one folder."""
-    for script in sorted(folder.glob("*.sh")):
-        states = {} if not script.stem.isdigit() else job_states(script.stem) or {}
-        alive = sorted(set(states.values()) - ENDED)
-        if alive:
+    submitted = sorted(script.stem for script in folder.glob("*.sh") if script.stem.isdigit())
+    states = (job_states(",".join(submitted)) or {}) if submitted else {}
+    for job, state in states.items():
+        if state not in ENDED:
             raise UserError(
-                f"{folder.parent} has a job already: {script.stem} is {', '.join(alive)}; wait for it, call it off by "
-                f"`scancel {script.stem}`, or choose another --output"
+                f"{folder.parent} has a job already: {job} is {state}; wait for it, call it off by `scancel {job}`, or "
+                "choose another --output"
             )
 
 

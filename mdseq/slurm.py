@@ -65,9 +65,9 @@ def import_line() -> str:
 
 
 def job_states(job: str) -> dict[str, str] | None:
-    """State of a job, or of each task of an array ("7_0"), by its number; None when Slurm does not answer.
+    """State of a job, or of several (commas between), or of each task of an array ("7_0"), by number.
 
-    Slurm forgets a job some minutes after it has ended; the answer is empty then.
+    None when Slurm does not answer. It forgets a job some minutes after its end, which is not in the answer then.
     """
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T", "--jobs", job]
     try:

@@ -34,7 +34,7 @@ def by_hand(port: int, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def by_node(port: int, folder: Path) -> list[tuple[list[str], dict[str, str]]]:
-    common = [PYTHON, "-m", "launcher.node", "--nodes", "n1,n2", "--address", HOSTS[0], "--name", str(folder)]
+    common = [PYTHON, "-m", "launcher.node", "--nodes", "n1,n2", "--address", HOSTS[0]]
     return [([*common, "--node", str(node)], {}) for node in (0, 1)]
 
 

@@ -29,7 +29,7 @@ def add_command(commands: Any) -> None:
         "--gpu_memory_gib", type=number_between(0, least_allowed=False), default=80.0, metavar="GIB", help="default: 80"
     )
     command.add_argument("--gpus_per_node", type=at_least(1), default=8, metavar="N", help="default: 8")
-    command.add_argument("--vocab_size", type=at_least(1), metavar="N", help="default: 16384")
+    command.add_argument("--vocab_size", type=at_least(1), metavar="N", help="default: the dataset's, or 16384")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -39,12 +39,15 @@ def plan(options: argparse.Namespace) -> None:
 
     from rich.console import Console
 
+    from mdseq.data.format import Manifest
     from mdseq.engine.advice import memory_advice
     from mdseq.engine.plan import choices, recommended, with_nearest_batch
     from mdseq.model.cost import ASSUMED_VOCAB_SIZE, count_parameters
     from mdseq.model.denoiser import DenoiserConfig
 
-    vocab_size, memory_bytes = options.vocab_size or ASSUMED_VOCAB_SIZE, options.gpu_memory_gib * GIB
+    vocab_size, memory_bytes = options.vocab_size, options.gpu_memory_gib * GIB
+    if vocab_size is None:
+        vocab_size = Manifest.load(Path(wanted.data.path)).vocab_size if wanted.data.path else ASSUMED_VOCAB_SIZE
     count = count_parameters(DenoiserConfig.of(wanted, vocab_size), wanted.diffusion.absorbing)
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     console.print(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from mdseq.cli import main
+from mdseq.data.format import Manifest
 
 BIG = [
     "optimiser.precision=bf16", "model.hidden_dim=4096", "model.num_heads=32", "model.num_layers=24",
@@ -27,6 +29,19 @@ def test_a_table_for_each_number_of_gpus(capsys: pytest.CaptureFixture[str]) -> 
     assert "data.batch_size = 16 is no multiple of 1 x 64; this is the nearest" in out
     assert out.count("<-") == 2
     assert out.count("take ds_configs/zero2.json") == 2
+
+
+def test_the_vocabulary_is_that_of_the_data(capsys: pytest.CaptureFixture[str], text_dataset: Path) -> None:
+    size = Manifest.load(text_dataset).vocab_size
+    assert f"vocabulary of {size}; " in planned(capsys, "quickstart", "--gpus", "1", f"data.path={text_dataset}")
+    assert "vocabulary of 7; " in planned(
+        capsys, "quickstart", "--gpus", "1", f"data.path={text_dataset}", "--vocab_size", "7"
+    )
+
+
+def test_data_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart", "--gpus", "1", "data.path=nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 def test_the_sum_is_that_of_the_parts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,18 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.figures import FIGURES, RankReport
-from launcher.run import EXIT_PREFLIGHT_FAILED, EXIT_USER_ERROR, leave, run_folder, tell_mistake, tell_separated
+from launcher.run import (
+    EXIT_PREFLIGHT_FAILED,
+    EXIT_USER_ERROR,
+    add_place_options,
+    leave,
+    run_folder,
+    tell_mistake,
+    tell_separated,
+)
 from launcher.verdicts import Finding, judge, median_of, passes
 from mdseq.errors import Separated, UserError
-from mdseq.spec import load_spec, preset_names
+from mdseq.spec import load_spec
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,16 +238,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="\n".join(__doc__.splitlines()[2:]),
         epilog=f"Exit status: 0 passed, {EXIT_PREFLIGHT_FAILED} failed, {EXIT_USER_ERROR} a mistake in the command.",
     )
-    parser.add_argument(
-        "--spec",
-        type=Path,
-        metavar="TOML",
-        help=f"where the dataset is (data.path): a file, or one of {', '.join(preset_names())}",
-    )
-    parser.add_argument("--data", metavar="DIR", help="dataset that every rank must see; default the spec's")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="run folder, which is not made; default as launcher/run.py's"
-    )
+    add_place_options(parser)
     parser.add_argument(
         "--minimum",
         action="append",

@@ -109,23 +109,7 @@ def _where_to_go_on(plan: RunPlan) -> str:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launcher/run.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--ds_config", type=Path, required=True, metavar="JSON", help="see ds_configs/README.md")
-    parser.add_argument(
-        "--spec",
-        type=Path,
-        metavar="TOML",
-        help=f"a file, or one of {', '.join(preset_names())}; default: all defaults",
-    )
-    parser.add_argument("--data", metavar="DIR", help="dataset made by `make prep` (the spec's data.path)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default runs/<name of the spec>")
-    parser.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="continue the newest checkpoint of the run folder"
-    )
-    parser.add_argument(
-        "--allow_changes",
-        action="store_true",
-        help="continue a checkpoint of another spec or dataset, if its weights fit",
-    )
+    add_run_options(parser)
     parser.add_argument(
         "--preflight",
         action="store_true",
@@ -135,6 +119,32 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; we read LOCAL_RANK
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the spec")
     return parser.parse_intermixed_args(arguments)  # options may stand between overrides
+
+
+def add_place_options(parser: argparse.ArgumentParser) -> None:
+    """What a run is called, and where its data and results are."""
+    parser.add_argument(
+        "--spec",
+        type=Path,
+        metavar="TOML",
+        help=f"a file, or one of {', '.join(preset_names())}; default: all defaults",
+    )
+    parser.add_argument("--data", metavar="DIR", help="dataset made by `make prep` (the spec's data.path)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default runs/<name of the spec>")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What decides on a run, but for changes to its spec."""
+    parser.add_argument("--ds_config", type=Path, required=True, metavar="JSON", help="see ds_configs/README.md")
+    add_place_options(parser)
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="continue the newest checkpoint of the run folder"
+    )
+    parser.add_argument(
+        "--allow_changes",
+        action="store_true",
+        help="continue a checkpoint of another spec or dataset, if its weights fit",
+    )
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:

@@ -17,11 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launcher.job import Job, Training, evaluation_job, preparation_job, training_job
-from launcher.run import run_folder
+from launcher.run import add_run_options, run_folder
 from launcher.sweep import Sweep
 from mdseq.errors import UserError, exit_status
 from mdseq.slurm import ENDED, job_states, require_log_folder, require_slurm, submission_environment
-from mdseq.spec import RunSpec, load_spec, preset_names
+from mdseq.spec import RunSpec, load_spec
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m launcher.slurm", description=__doc__.splitlines()[0])
-    parser.add_argument("--ds_config", type=Path, required=True, metavar="JSON", help="see ds_configs/README.md")
-    parser.add_argument(
-        "--spec",
-        type=Path,
-        metavar="TOML",
-        help=f"a file, or one of {', '.join(preset_names())}; default: all defaults",
-    )
-    parser.add_argument("--data", metavar="DIR", help="dataset made by `make prep` (the spec's data.path)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder; default runs/<name of the spec>")
-    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="as launcher/run.py has it")
-    parser.add_argument("--allow_changes", action="store_true", help="as launcher/run.py has it")
+    add_run_options(parser)
     parser.add_argument("--nodes", type=int, metavar="N", help="short for cluster.nodes=N")
     parser.add_argument("--gpus", type=int, metavar="N", help="of each node; short for cluster.gpus_per_node=N")
     parser.add_argument("--prep", type=Path, metavar="PATH", help="text, or a prep spec: first a job that makes --data")

@@ -84,7 +84,7 @@ def test_golden(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_bash_can_read_it(name: str) -> None:
-    subprocess.run(["bash", "-n"], input=JOBS[name].script(), text=True, check=True)
+    assert subprocess.run(["bash", "-n"], input=JOBS[name].script(), text=True, check=False).returncode == 0
 
 
 def carried_out(job: Job, folder: Path) -> list[list[str]]:

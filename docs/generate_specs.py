@@ -29,8 +29,8 @@ All mistakes are reported at once. Sharding, offload and communication are not h
 [`ds_configs/README.md`](../ds_configs/README.md).
 
 A run that continues from a checkpoint may change `data.path` (to a copy of the same dataset), `data.micro_batch_size`,
-`attention.engine`, `model.activation_checkpointing`, and everything in `optimiser`, `schedule`, `checkpoint`, `guard`, `report`
-and `cluster`; the rest must stay as it was.
+`attention.engine`, `model.activation_checkpointing`, and everything in `optimiser`, `schedule`, `checkpoint`, `guard`,
+`report` and `cluster`; the rest must stay as it was.
 """
 
 PREP_HEAD = """\

@@ -23,6 +23,7 @@ from data_prep.clean import Screen
 from data_prep.contamination import Contamination
 from data_prep.documents import Document, Rejection, Screened
 from data_prep.duplicates import Dropped, load_dropped
+from data_prep.joining import joined
 from data_prep.plan import InputFile, Plan, PlannedShard
 from data_prep.readers.base import Stretch
 from data_prep.readers.registry import reader_of
@@ -71,7 +72,10 @@ class BuildFolder:
 
 
 class FinishedShard(BaseModel):
-    """The sidecar of a shard: written last, so that what it names is whole. `faults` are among `rejected`."""
+    """The sidecar of a shard: written last, so that what it names is whole. `faults` are among `rejected`.
+
+    `joined` is how many documents fewer there are than those that were kept, as each became part of the one before.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -81,6 +85,7 @@ class FinishedShard(BaseModel):
     read: int
     rejected: dict[str, int]
     faults: int
+    joined: int
 
 
 class ShardJobs:
@@ -196,7 +201,7 @@ class _SplitWriters:
         self._writers: dict[Split, ShardWriter] = {}
         self._rejected: IO[str] | None = None
         self._reasons: Counter[str] = Counter()
-        self._read = self._faults = 0
+        self._read = self._faults = self._kept = 0
         self._walked = self._advanced = 0
 
     def write(self) -> FinishedShard:
@@ -223,6 +228,7 @@ class _SplitWriters:
             read=self._read,
             rejected=dict(sorted(self._reasons.items())),
             faults=self._faults,
+            joined=self._kept - sum(part.documents for part in parts.values()),
         )
 
     def remove_temporaries(self) -> None:
@@ -233,26 +239,33 @@ class _SplitWriters:
 
     def _write_copy(self, copy: int) -> None:
         """Write the documents of all splits, or with another copy than the first, those of the training split."""
+        source, documents = self._source, self._documents(copy)
+        if source.joined > 1:
+            documents = joined(documents, source.joined, source.joined_characters, copy)
+        for split, screened in documents:
+            self._encode(split, screened, copy)
+
+    def _documents(self, copy: int) -> Iterator[tuple[Split, Screened]]:
+        """What is kept of a copy; on the first, all that is read is counted."""
         dropped = self._dropped()
         ordinal = 0
         for file, item in self._jobs._screened(self._planned):
             rejection = item if isinstance(item, Rejection) else None
             if isinstance(item, Screened):
+                split = file.split or self._split_of(item.document_id)
                 if ordinal in dropped:
                     rejection = dropped[ordinal].rejection(item)
-                else:
-                    self._encode(file, item, copy)
+                elif copy == 0 or split == "train":
+                    self._kept += 1
+                    yield split, item
                 ordinal += 1
             if copy == 0:
                 self._read += 1
                 if rejection is not None:
                     self._reject(rejection)
 
-    def _encode(self, file: InputFile, screened: Screened, copy: int) -> None:
+    def _encode(self, split: Split, screened: Screened, copy: int) -> None:
         document, tokenizer = screened.document, self._jobs.tokenizer
-        split = file.split or self._split_of(screened.document_id)
-        if copy and split != "train":
-            return
         sampler = self._sampler if split == "train" else None
         writer = self._writers.get(split) or self._open(split)
         writer.append(_special(SpecialToken.BOS))

@@ -132,7 +132,7 @@ def make_plan(spec: PrepSpec, survey: Survey) -> Plan:
     found = [find_files(source) for source in spec.sources]
     spec = spec.model_copy(update={"sources": tuple(map(_with_fields, spec.sources, found))})
     kind = _kind_of(spec)
-    _require_something_to_sample(spec, kind)
+    _require_pairs(spec, kind)
     max_bytes = int(spec.shards.max_record_mb * 1e6)
     surveyed = list(survey([(file, max_bytes) for files in found for file in files]))
     evaluation = [find_files(_evaluation_source(path)) for path in spec.cleaning.evaluation]
@@ -251,12 +251,17 @@ def _kind_of(spec: PrepSpec) -> Kind:
     return "pair" if "pair" in kinds.values() else "text"
 
 
-def _require_something_to_sample(spec: PrepSpec, kind: Kind) -> None:
-    for source in spec.sources:
-        if source.sampling and kind == "text":
+def _require_pairs(spec: PrepSpec, kind: Kind) -> None:
+    for source in spec.sources if kind == "text" else ():
+        if source.sampling:
             raise UserError(
                 f"sources.{source.name}.sampling = {source.sampling}: only the sources of pairs are cut at random, and "
                 f"{source.name} is of texts, all of which is target; leave sampling out"
+            )
+        if source.joined > 1:
+            raise UserError(
+                f"sources.{source.name}.joined = {source.joined}: only pairs are joined, and {source.name} is of "
+                "texts, which stand beside each other in rows as it is; leave joined out"
             )
 
 

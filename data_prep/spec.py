@@ -55,6 +55,12 @@ class SourceSpec(Section):
         description="a number such as 0.3: sources of training pairs are cut into tokens at random, in each way with "
         "a probability ~ that of the unigram model to this power; 0: always in the likeliest way",
     )
+    joined: Positive = Field(
+        1, description="so many training pairs that follow each other become one, source to source and target to target"
+    )
+    joined_characters: Count = Field(
+        0, description="fewer become one where they would have more characters than this; 0 for no limit"
+    )
 
     @field_validator("path", mode="before")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,14 @@ def build_dataset(tokenizer_path: Path) -> Build:
 def write_jsonl(path: Path, records: Iterable[object]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+def write_files(folder: Path, records: Sequence[object]) -> Path:
+    """Eight files, which small shards hold one by one."""
+    folder.mkdir()
+    for number in range(8):
+        write_jsonl(folder / f"{number}.jsonl", records[number::8])
+    return folder
 
 
 def texts(count: int) -> list[dict[str, str]]:

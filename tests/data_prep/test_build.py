@@ -15,7 +15,7 @@ from mdseq.data.corpus import Corpus
 from mdseq.data.format import Manifest, document_id
 from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.errors import UserError
-from tests.data_prep.conftest import Build, contents, decoded, texts, write_jsonl
+from tests.data_prep.conftest import Build, contents, decoded, texts, write_files, write_jsonl
 
 any_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
@@ -95,14 +95,12 @@ def corpus_ids(folder: Path) -> set[bytes]:
 
 class TestSameBytes:
     @pytest.mark.parametrize("workers", [2, 5])
-    def test_from_any_number_of_workers(
-        self, build_dataset: Build, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "{broken" * 9}, *texts(3000), {"body": "none"}])
+    def test_from_any_number_of_workers(self, build_dataset: Build, tmp_path: Path, workers: int) -> None:
+        data = write_files(tmp_path / "texts", [{"text": "{broken" * 9}, *texts(3000), {"body": "none"}])
         overrides = ("vocabulary.size=512", "splits.valid_fraction=0.1", "cleaning.exact_duplicates=drop")
-        monkeypatch.setattr(plan, "MOST_SHARDS_OF_ITS_OWN_ACCORD", 10**9)
         for count in (1, workers):
-            build_dataset(data, tmp_path / f"out{count}", "shards.text_mb=0.02", *overrides, workers=count)
+            manifest = build_dataset(data, tmp_path / f"out{count}", "shards.text_mb=0.001", *overrides, workers=count)
+            assert len(manifest.splits["train"].sources["texts"].shards) == 8
         one, many = contents(tmp_path / "out1"), contents(tmp_path / f"out{workers}")
         assert one == many
         assert {"manifest.json", "plan.json", "tokenizer.model", "rejected.jsonl", "train-00000.arrow"} <= one.keys()

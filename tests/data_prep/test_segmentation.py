@@ -14,13 +14,13 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data_prep import audit, plan, segmentation
+from data_prep import audit, segmentation
 from data_prep.segmentation import SegmentationSampler
 from data_prep.vocabulary import train_vocabulary
 from mdseq.data.corpus import Corpus
 from mdseq.data.tokenizer import SPACE_MARK, SpecialToken, Tokenizer
 from mdseq.errors import UserError
-from tests.data_prep.conftest import Build, contents, decoded, write_jsonl
+from tests.data_prep.conftest import Build, contents, decoded, write_files, write_jsonl
 
 ID = bytes(range(16))
 SYLLABLES = ("ri", "ver", "mi", "ll", "si", "ng", "er", "ing", "s", "mill", "sing", "river")
@@ -158,14 +158,12 @@ class TestBuild:
             sources[tuple(corpus.tokens(document, 0, start).tolist())] += 1
         assert len(sources) > 0.95 * corpus.num_documents
 
-    def test_same_bytes_from_any_number_of_workers(
-        self, build_dataset: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(plan, "MOST_SHARDS_OF_ITS_OWN_ACCORD", 10**9)
-        data = write_jsonl(tmp_path / "pairs.jsonl", PAIRS * 40)
-        options = ("shards.text_mb=0.02", "sources.0.copies=2", "sources.0.sampling=0.2")
+    def test_same_bytes_from_any_number_of_workers(self, build_dataset: Build, tmp_path: Path) -> None:
+        data = write_files(tmp_path / "pairs", PAIRS * 40)
+        options = ("shards.text_mb=0.001", "sources.0.copies=2", "sources.0.sampling=0.2")
         for count in (1, 3):
-            build_dataset(data, tmp_path / f"out{count}", *options, workers=count)
+            manifest = build_dataset(data, tmp_path / f"out{count}", *options, workers=count)
+            assert len(manifest.splits["train"].sources["pairs"].shards) == 8
         assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
 
     def test_copies_of_texts_are_equal(self, build_dataset: Build, tmp_path: Path) -> None:

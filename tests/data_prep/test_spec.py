@@ -60,10 +60,11 @@ def test_every_key_can_be_overridden(spec_file: Path) -> None:
 
 def test_the_pairs_of_the_benchmarks_load_from_anywhere() -> None:
     path = Path(__file__).parent.parent.parent / "benchmarks" / "pairs.toml"
-    paths = [f"sources.{number}.path=/tmp/{number}" for number in range(3)]
+    paths = [f"sources.{number}.path=/tmp/{number}" for number in range(4)]
     spec = load_prep_spec([str(path)], {}, {}, paths)
-    assert [source.path for source in spec.sources] == [("/tmp/0",), ("/tmp/1",), ("/tmp/2",)]
-    assert [(source.copies, source.sampling) for source in spec.sources] == [(1, 0), (4, 0.3), (2, 0.3)]
+    assert [source.path for source in spec.sources] == [("/tmp/0",), ("/tmp/1",), ("/tmp/2",), ("/tmp/3",)]
+    kept = [(source.copies, source.sampling, source.joined) for source in spec.sources]
+    assert kept == [(1, 0, 1), (2, 0.3, 1), (1, 0.3, 2), (2, 0.3, 1)]
 
 
 def test_a_given_vocabulary_may_have_probabilities_whatever_would_be_trained() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from functools import cache
 from pathlib import Path
 from statistics import median, mode
 from unittest.mock import patch
@@ -32,7 +33,7 @@ def train_unevenly(where: str, slow_rank: int | None, printed: str, *options: st
     def sleepy_forward(self, batch):
         seconds = SLOW_SECONDS if is_slow and where != "loader" else USUAL_SECONDS
         if where == "gpu":
-            torch.cuda._sleep(int(seconds * 1.5e9))  # in cycles of its clock
+            torch.cuda._sleep(int(seconds * gpu_cycles_a_second()))
         else:
             time.sleep(seconds)
         return forward(self, batch)
@@ -44,6 +45,17 @@ def train_unevenly(where: str, slow_rank: int | None, printed: str, *options: st
     DiffusionObjective.forward, Loader._read = sleepy_forward, sleepy_read
     with open(f"{printed}-{os.environ['RANK']}", "w") as file, contextlib.redirect_stdout(file):
         return main([str(option) for option in options])
+
+
+@cache
+def gpu_cycles_a_second() -> float:
+    cycles = 10**8
+    torch.cuda._sleep(cycles)  # raises the clock
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    torch.cuda._sleep(cycles)
+    torch.cuda.synchronize()
+    return cycles / (time.perf_counter() - started)
 
 
 def arguments(dataset: Path, folder: Path, ds_config: str, steps: int = 12) -> list[str | Path]:

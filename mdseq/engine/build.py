@@ -59,17 +59,21 @@ def start_processes(arrival_seconds: float = ARRIVAL_SECONDS) -> torch.device:
         ranks_here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     backend = "nccl" if on_gpu else "gloo"
+    world_size = int(os.environ["WORLD_SIZE"])
     if not dist.is_initialized():
         dist.init_process_group(
             backend,
             store=meet_ranks(arrival_seconds),
             rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
+            world_size=world_size,
             timeout=default_pg_timeout,
+            # As DeepSpeed does it: where the device is not said, torch guesses it from the rank among all nodes.
+            device_id=device if on_gpu and world_size > 1 else None,
         )
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
-    return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    return device
 
 
 def stop_processes() -> None:

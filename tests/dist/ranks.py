@@ -44,9 +44,11 @@ class Ranks:
     """The processes of a group, running. A context: none outlives it."""
 
     def __init__(self, num_ranks: int, function: Callable[..., Any], *args: Any) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Kept, or the port might be given to somebody else before rank 0 listens there, which this option allows it to.
+        self._place = socket.socket()
+        self._place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._place.bind(("127.0.0.1", 0))
+        port = self._place.getsockname()[1]
         self.pipes, self.processes, self.stacks = [], [], []
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(num_ranks):
@@ -69,6 +71,7 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
+        self._place.close()
         self._folder.cleanup()
 
     def results(self) -> list[Any]:

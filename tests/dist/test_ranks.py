@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 
 import pytest
@@ -44,3 +45,13 @@ def test_ranks_that_hang_are_named_with_where_they_are(monkeypatch: pytest.Monke
     assert message.count("did not finish in 5 s") == message.count("in ranks_do") == 2
     assert "rank 0 did not" in message
     assert "rank 2 did not" in message
+
+
+def take_port() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+
+
+def test_nobody_else_is_given_the_port() -> None:
+    with pytest.raises(RuntimeError, match="Address already in use"):
+        run_ranks(1, take_port)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -38,8 +40,11 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     patience = timedelta(seconds=seconds + SLACK_SECONDS)
     try:
-        store: Store = TCPStore(
-            address, port, num_ranks, rank == 0 and not agent, patience, wait_for_workers=False, multi_tenant=True
+        store: Store = _opened(
+            lambda: TCPStore(
+                address, port, num_ranks, rank == 0 and not agent, patience, wait_for_workers=False, multi_tenant=True
+            ),
+            patience.total_seconds() + SLACK_SECONDS,
         )
         # Should the port by now be another run's, nothing is said to it.
         store = PrefixStore(os.environ.get(START_VARIABLE, ""), store)
@@ -47,7 +52,7 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         if rank == 0:
             store.set("gathered", _gather(store, num_ranks, seconds))
         problem = store.get("gathered").decode()
-    except dist.DistError as error:
+    except (dist.DistError, TimeoutError) as error:
         if rank == 0 and "EADDRINUSE" in str(error):
             raise Separated(f"port {port} of {platform.node()} is taken; give --master_port another") from None
         reason = str(error).splitlines()[0]
@@ -63,6 +68,23 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
 def has_lost_ranks(error: BaseException) -> bool:
     """Whether this is how gloo, or NCCL, tells that another rank is gone."""
     return isinstance(error, RuntimeError) and bool(_GONE.search(str(error)))
+
+
+def _opened(open_store: Callable[[], Store], seconds: float) -> Store:
+    """The store, or TimeoutError: torch itself waits without end for somebody who is there and says nothing."""
+    opened: Future[Store] = Future()
+
+    def settle() -> None:
+        try:
+            opened.set_result(open_store())
+        except Exception as error:
+            opened.set_exception(error)
+
+    threading.Thread(target=settle, name="store", daemon=True).start()
+    try:
+        return opened.result(seconds)
+    except TimeoutError:
+        raise TimeoutError("whoever is there does not answer") from None
 
 
 def _gather(store: Store, num_ranks: int, seconds: float) -> str:

@@ -69,6 +69,14 @@ def test_a_port_that_is_taken() -> None:
     assert told == f"port {port} of {HERE} is taken; give --master_port another"
 
 
+def test_somebody_else_at_the_port_who_says_nothing() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": str(silent.getsockname()[1])}
+        (told,) = run_ranks(1, meet_in_turn, {"0": variables}, 0.5)
+    assert f"rank 1 on {HERE} has not met rank 0 within 0.5 s" in told
+    assert told.endswith("(whoever is there does not answer)")
+
+
 def test_another_run_on_the_same_port_is_not_mistaken_for_ours() -> None:
     told = run_ranks(2, meet_in_turn, {"0": {"MDSEQ_START": "7.0"}, "1": {"MDSEQ_START": "7.1"}}, 1.0)
     assert told[0].startswith("rank 1 did not arrive")

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -52,6 +53,7 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         if rank == 0:
             store.set("gathered", _gather(store, num_ranks, seconds))
         problem = store.get("gathered").decode()
+        store.set(f"heard/{rank}", "")
     except (dist.DistError, TimeoutError) as error:
         if rank == 0 and "EADDRINUSE" in str(error):
             raise Separated(f"port {port} of {platform.node()} is taken; give --master_port another") from None
@@ -61,6 +63,8 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
             f"whether that has started, and whether a firewall stands between them ({reason})"
         ) from None
     if problem:
+        if rank == 0:
+            _wait_to_be_heard(store, num_ranks)
         raise Separated(problem)
     return store
 
@@ -103,6 +107,13 @@ def _gather(store: Store, num_ranks: int, seconds: float) -> str:
         f"{num_ranks} ranks did, on {', '.join(hosts)}; see what the log says of the others, and whether their nodes "
         f"can reach {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
     )
+
+
+def _wait_to_be_heard(store: Store, num_ranks: int) -> None:
+    """Rank 0 takes the store along when it leaves: those that have come read there first why."""
+    with suppress(dist.DistError):
+        come = [rank for rank in range(num_ranks) if store.check([f"arrived/{rank}"])]
+        store.wait([f"heard/{rank}" for rank in come], timedelta(seconds=SLACK_SECONDS))
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -51,6 +51,28 @@ def test_a_rank_that_does_not_come_is_named_to_all_who_did_with_its_node() -> No
     )
 
 
+def meet_slow_to_read() -> str:
+    """Rank 1 does not read at once what rank 0 has to say."""
+    from mdseq.engine import arrival
+
+    class Slow(arrival.PrefixStore):
+        def get(self, key: str) -> bytes:
+            while not self.check([key]):
+                time.sleep(0.05)
+            time.sleep(0.3)
+            return super().get(key)
+
+    if os.environ["RANK"] == "1":
+        arrival.PrefixStore = Slow
+    return meet(1.0, WORLD_SIZE="3")
+
+
+def test_rank_0_stays_until_the_others_have_read_why() -> None:
+    told = run_ranks(2, meet_slow_to_read)
+    assert told[1] == told[0]
+    assert told[0].startswith("rank 2 did not arrive within 1 s")
+
+
 def test_where_the_launcher_does_not_tell_nodes_the_rank_is_named() -> None:
     (told,) = run_ranks(1, meet_in_turn, {"0": {"WORLD_SIZE": "2"}}, 0.5)
     assert told.startswith("rank 1 did not arrive within 0.5 s")

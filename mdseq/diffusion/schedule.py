@@ -103,18 +103,21 @@ class NoiseSchedule:
         assert num_timesteps >= 2, "between which timesteps would the others lie?"
         self.name = name
         self.min_signal = min_signal
-        self._stretch = 1.0
         self.num_timesteps = num_timesteps
         self.last = num_timesteps - 1
         named_t = (1.0 - NOISE_SCHEDULES[name](num_timesteps)).cumprod(dim=0)
-        self.log_snr_t = (named_t.log() - torch.log1p(-named_t)) / 2 - math.log(noise_factor)
-        self._log_snr_on: dict[torch.device, Tensor] = {}
+        self.log_snr_t = _log_snr_of(named_t) - math.log(noise_factor)
+        self._stretch = 1.0
         if min_signal:
-            self._end_at(min_signal)
+            end = self._end_at(min_signal)
+            self._stretch = self.last / end
+            self.log_snr_t = _read(self.log_snr_t, torch.linspace(0, end, num_timesteps, dtype=torch.float64))
+        self._log_snr_on: dict[torch.device, Tensor] = {}
         self.alpha_bar_t = torch.sigmoid(2 * self.log_snr_t)
         assert (self.log_snr_t.diff() < 0).all(), f"{name}: noise must grow with every timestep"
 
-    def _end_at(self, min_signal: float) -> None:
+    def _end_at(self, min_signal: float) -> float:
+        """The timestep, of the whole schedule, that has so much signal."""
         most = alpha_sigma_of(self.log_snr_t[0])[0].item()
         if min_signal >= most:
             raise UserError(
@@ -122,24 +125,15 @@ class NoiseSchedule:
                 f"noise_schedule = {self.name} with this noise_factor leaves {most:.3f}; give less than that"
             )
         alpha_bar = torch.tensor(min_signal, dtype=torch.float64).square()
-        end = self.timestep_of((alpha_bar.log() - torch.log1p(-alpha_bar)) / 2)
-        self._stretch = self.last / end.item()
-        stretched_t = torch.linspace(0, end.item(), self.num_timesteps, dtype=torch.float64)
-        self._log_snr_on, self.log_snr_t = {}, self.log_snr(stretched_t)
-        self._log_snr_on = {}
+        return _find(self.log_snr_t, _log_snr_of(alpha_bar)).item()
 
     def log_snr(self, timestep: Tensor) -> Tensor:
         """lambda at timesteps in [0, T - 1], float64, of their shape; exactly the table's at whole ones."""
-        table_t = self._table(timestep.device)
-        below = timestep.long().clamp(0, self.last - 1)
-        return torch.lerp(table_t[below], table_t[below + 1], timestep.double() - below)
+        return _read(self._table(timestep.device), timestep)
 
     def timestep_of(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`, float64; what lies outside the schedule gives its nearer end."""
-        table_t = self._table(log_snr.device)
-        wanted = log_snr.double().clamp(table_t[-1], table_t[0])
-        below = torch.searchsorted(-table_t, -wanted).clamp(1, self.last) - 1
-        return below + (table_t[below] - wanted) / (table_t[below] - table_t[below + 1])
+        return _find(self._table(log_snr.device), log_snr)
 
     def alpha_sigma(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t in fp32, of the timesteps' shape."""
@@ -164,6 +158,23 @@ class NoiseSchedule:
         if device not in self._log_snr_on:
             self._log_snr_on[device] = self.log_snr_t.to(device)
         return self._log_snr_on[device]
+
+
+def _log_snr_of(alpha_bar: Tensor) -> Tensor:
+    return (alpha_bar.log() - torch.log1p(-alpha_bar)) / 2
+
+
+def _read(table_t: Tensor, timestep: Tensor) -> Tensor:
+    """The table at timesteps, interpolated."""
+    below = timestep.long().clamp(0, len(table_t) - 2)
+    return torch.lerp(table_t[below], table_t[below + 1], timestep.double() - below)
+
+
+def _find(table_t: Tensor, value: Tensor) -> Tensor:
+    """The timesteps at which a falling table has these values, or its nearer end."""
+    wanted = value.double().clamp(table_t[-1], table_t[0])
+    below = torch.searchsorted(-table_t, -wanted).clamp(1, len(table_t) - 1) - 1
+    return below + (table_t[below] - wanted) / (table_t[below] - table_t[below + 1])
 
 
 def alpha_sigma_of(log_snr: Tensor) -> tuple[Tensor, Tensor]:

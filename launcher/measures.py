@@ -29,7 +29,7 @@ from mdseq.data.corpus import Corpus
 from mdseq.engine.agreement import Agreement
 from mdseq.errors import UserError
 from mdseq.files import nearest_existing
-from mdseq.train.watch import Watch
+from mdseq.train.watch import Limit, Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -78,7 +78,7 @@ def measure(device: torch.device, data: Path | None, output: Path) -> list[RankR
     agreement, notes = Agreement(), Notes()
     clock_skew = clock_skew_seconds(agreement)
     nodes = agreement.gather(platform.node())
-    with Watch(lambda: notes.num_checks, CHECK_SECONDS, complaint="no check has ended for {:g} s"):
+    with Watch(lambda: notes.num_checks, Limit(CHECK_SECONDS, f"no check has ended for {CHECK_SECONDS:g} s")):
         measure_alone(agreement, notes, device, data, output)
         check_output_is_shared(agreement, notes, output)
         if agreement.num_ranks > 1:

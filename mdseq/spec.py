@@ -325,6 +325,9 @@ class GuardSpec(Section):
     )
     max_skipped: Positive = Field(20, description="steps skipped in a row, beyond which the run stops")
     arrival_seconds: Positive = Field(600, description="how long the ranks wait for each other at the start")
+    start_seconds: Positive = Field(
+        1500, description="how long the preparations may take, from when all ranks are there, and then the first step"
+    )
     hang_seconds: Positive = Field(600, description="time without a step, after the first, that ends the run")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,14 +21,20 @@ from mdseq.engine.gradients import check_gradient_norm, step_was_skipped
 from mdseq.engine.partitions import Partition
 from mdseq.engine.waiting import StepClock
 from mdseq.report.spread import Spread
-from mdseq.spec import RunSpec
+from mdseq.spec import GuardSpec, RunSpec
 from mdseq.train.guard import Guard
 from mdseq.train.schedule import learning_rate
 from mdseq.train.signals import StopSignals
-from mdseq.train.watch import Heartbeat, Watch
+from mdseq.train.watch import Hear, Limit, Watch
 
 if TYPE_CHECKING:
     from mdseq.engine.build import DeepSpeedEngine
+
+
+def start_limit(guard: GuardSpec) -> Limit:
+    """Of the preparations, and of the first step."""
+    seconds = guard.start_seconds
+    return Limit(seconds, f"no first step for {seconds:g} s (guard.start_seconds)")
 
 
 class Hook(Protocol):
@@ -84,7 +90,7 @@ class Trainer:
     def objective(self) -> DiffusionObjective:
         return self.engine.module
 
-    def run(self, hooks: Sequence[Hook], hear: Callable[[Sequence[Heartbeat | None]], None] | None = None) -> None:
+    def run(self, hooks: Sequence[Hook], hear: Hear | None = None) -> None:
         """Train to the schedule's last step, or until a signal asks any rank to stop.
 
         Args:
@@ -92,8 +98,10 @@ class Trainer:
             hear: Called with the heartbeats of all ranks; see `Watch`.
         """
         self.objective.train()
+        seconds = self.spec.guard.hang_seconds
+        limit = Limit(seconds, f"no step for {seconds:g} s (guard.hang_seconds)")
         try:
-            with StopSignals() as signals, Watch(lambda: self.step, self.spec.guard.hang_seconds, hear):
+            with StopSignals() as signals, Watch(lambda: self.step, limit, start_limit(self.spec.guard), hear):
                 while not self.is_last_step:
                     with self.clock.step(self.step + 1):
                         self._take_step()

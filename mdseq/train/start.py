@@ -33,12 +33,13 @@ from mdseq.train.attention import choose_attention
 from mdseq.train.environment import Place
 from mdseq.train.held_out import Probe, Validation
 from mdseq.train.hooks import CheckpointHook, MetricsHook, SampleHook, ValidationHook
-from mdseq.train.loop import Hook, Trainer
+from mdseq.train.loop import Hook, Trainer, start_limit
 from mdseq.train.memory import is_out_of_memory, out_of_memory
 from mdseq.train.rows import Rows
 from mdseq.train.run_folder import RunFolder, check_same_run
 from mdseq.train.status import StatusHook
 from mdseq.train.stragglers import StragglerHook
+from mdseq.train.watch import Hear, Watch
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,15 @@ def train(plan: RunPlan) -> int:
 
 
 def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
+    with Watch(lambda: 0, start_limit(plan.spec.guard)):
+        trainer, hooks, hear = _prepare(plan, agreement, device)
+    trainer.run(hooks, hear)
+    agreement.all(True)  # launchers kill the others when one is gone: nobody leaves before rank 0 has told how it ended
+    return trainer.stopped_by
+
+
+def _prepare(plan: RunPlan, agreement: Agreement, device: torch.device) -> tuple[Trainer, list[Hook], Hear | None]:
+    """The trainer where its checkpoint left it, its hooks, and who hears of the ranks' heartbeats."""
     spec, corpus = plan.spec, plan.corpus
     attention = choose_attention(spec, device)
     if dist.get_rank() == 0:
@@ -149,9 +159,7 @@ def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
     if dist.get_rank() == 0:
         status = StatusHook(plan.run.path, trainer.step, spec.schedule.steps, dist.get_world_size())
         hooks, hear = [*hooks, status], status.hear
-    trainer.run(hooks, hear)
-    agreement.all(True)  # launchers kill the others when one is gone: nobody leaves before rank 0 has told how it ended
-    return trainer.stopped_by
+    return trainer, hooks, hear
 
 
 def _restore(plan: RunPlan, trainer: Trainer, probe: Probe, shapes: Mapping[str, torch.Size]) -> None:

@@ -19,7 +19,6 @@ from mdseq.engine import waiting
 EXIT_HUNG = 5
 HEARTBEAT_SECONDS = 2.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
-NO_STEP = "no step for {:g} s (guard.hang_seconds)"
 # Whoever stands in these waits for the others, or for a GPU that does.
 _WAITING_ROOMS = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}", waiting.__file__)
 
@@ -43,6 +42,17 @@ class Heartbeat:
     host: str
 
 
+Hear = Callable[[Sequence[Heartbeat | None]], None]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long something may take, and what to say when it takes longer."""
+
+    seconds: float
+    complaint: str
+
+
 class Watch:
     """A thread of each rank that ends the process when no step is taken for too long. A context.
 
@@ -51,25 +61,25 @@ class Watch:
 
     Args:
         step: How many steps this rank has taken.
-        seconds: How long a step may take; the first one is not watched.
+        limit: Of a step.
+        first: Of the first one, if not the same.
         hear: Called with the newest heartbeats of all ranks, every HEARTBEAT_SECONDS.
         end: Called in the end, with the exit status.
-        complaint: What is printed then, above the names, with "{:g}" for the seconds.
     """
 
     def __init__(
         self,
         step: Callable[[], int],
-        seconds: float,
-        hear: Callable[[Sequence[Heartbeat | None]], None] | None = None,
+        limit: Limit,
+        first: Limit | None = None,
+        hear: Hear | None = None,
         end: Callable[[int], None] = os._exit,
-        complaint: str = NO_STEP,
     ) -> None:
         self._step = step
-        self._seconds = seconds
+        self._limit = limit
+        self._first = first or limit
         self._hear = hear
         self._end = end
-        self._complaint = complaint
         self._rank, self._num_ranks = dist.get_rank(), dist.get_world_size()
         self._store = dist.distributed_c10d._get_default_store()
         self._main = threading.main_thread().ident
@@ -97,8 +107,9 @@ class Watch:
                 self._tell(count, step)
                 if self._hear is not None:
                     self._hear(self._all_heard())
-                if step > first and time.monotonic() - since > self._seconds:
-                    self._finish(step)
+                limit = self._limit if step > first else self._first
+                if time.monotonic() - since > limit.seconds:
+                    self._finish(step, limit.complaint)
                     return
         except dist.DistError:  # the store is gone
             if not self._over.wait(STALE_SECONDS):
@@ -109,7 +120,7 @@ class Watch:
         beat = Heartbeat(count, step, _place(frame), _waits(frame), platform.node())
         self._store.set(f"heartbeat/{self._rank}", json.dumps(asdict(beat)))
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, complaint: str) -> None:
         # Where the link to rank 0 is cut, its store does not answer.
         alone = threading.Timer(3 * STALE_SECONDS, self._end_alone)
         alone.daemon = True
@@ -123,7 +134,7 @@ class Watch:
         alone.cancel()
         if self._hear is not None:
             self._hear(after)
-        print(hang_report(self._seconds, before, after, self._complaint), file=sys.stderr, flush=True)
+        print(hang_report(complaint, before, after), file=sys.stderr, flush=True)
         self._end(EXIT_HUNG)
 
     def _end_alone(self) -> None:
@@ -138,17 +149,12 @@ class Watch:
         return Heartbeat(**json.loads(self._store.get(key))) if self._store.check([key]) else None
 
 
-def hang_report(
-    seconds: float,
-    before: Sequence[Heartbeat | None],
-    after: Sequence[Heartbeat | None],
-    complaint: str = NO_STEP,
-) -> str:
+def hang_report(complaint: str, before: Sequence[Heartbeat | None], after: Sequence[Heartbeat | None]) -> str:
     """Who holds up the run, from two rounds of heartbeats."""
     names = [f"rank {rank}" + (f" on {beat.host}" if beat else "") for rank, beat in enumerate(after)]
     silent = [rank for rank, (b, a) in enumerate(zip(before, after, strict=True)) if a is None or a == b]
     busy = [rank for rank, beat in enumerate(after) if beat and not beat.waits and rank not in silent]
-    lines = [f"error: {complaint.format(seconds)}"]
+    lines = [f"error: {complaint}"]
     lines += [f"  {names[rank]} gives no sign of life" for rank in silent]
     lines += [f"  {names[rank]} is not waiting for the others: it is at {after[rank].place}" for rank in busy]  # type: ignore[union-attr]
     if not silent and not busy:

@@ -17,6 +17,7 @@ from launcher.run import EXIT_SEPARATED
 from mdseq.engine.checkpoint import whole_checkpoints
 from mdseq.report.metrics import read_metrics
 from mdseq.report.status import RunStatus
+from mdseq.train.watch import EXIT_HUNG
 from tests.dist.ranks import Ranks, run_ranks, train
 from tests.dist.test_training import DS_CONFIGS, TINY, losses, state
 
@@ -72,43 +73,61 @@ def test_a_second_signal_stops_at_once(text_dataset, tmp_path):
     assert whole_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
-def train_and_hang(*options: str | Path, errors: str = "") -> int:
-    """Rank 1 does not come back from reading its fifth step."""
+def train_and_hang(*options: str | Path, before_step: int = 4) -> int:
+    """Rank 1 does not come back from reading a step, or with -1, from preparing to read."""
     from mdseq.data.loader import Loader
 
-    read = Loader.micro_batches
+    make, read = Loader.__init__, Loader.micro_batches
 
-    def sleepy(self, step):
-        if step == 4 and self.rank == 1:
+    def sleepy_make(self, *args):
+        make(self, *args)
+        if before_step == -1 and self.rank == 1:
+            time.sleep(1000)
+
+    def sleepy_read(self, step):
+        if step == before_step and self.rank == 1:
             time.sleep(1000)
         return read(self, step)
 
-    Loader.micro_batches = sleepy
+    Loader.__init__, Loader.micro_batches = sleepy_make, sleepy_read
     return train(*options)
 
 
-def train_and_hang_loudly(errors: str, *options: str | Path) -> int:
+def train_and_hang_loudly(errors: str, before_step: int, *options: str | Path) -> int:
     with open(f"{errors}-{os.environ['RANK']}", "w", buffering=1) as file:
         os.dup2(file.fileno(), 2)
-    return train_and_hang(*options)
+    return train_and_hang(*options, before_step=before_step)
+
+
+def hung_run(folder: Path, before_step: int, *options: str | Path) -> str:
+    """What the ranks tell."""
+    with Ranks(2, train_and_hang_loudly, str(folder / "errors"), before_step, *options) as ranks:
+        for process in ranks.processes:
+            process.join(60)
+        assert EXIT_HUNG in [process.exitcode for process in ranks.processes]
+    told = "".join((folder / f"errors-{rank}").read_text() for rank in range(2))
+    assert f"rank 1 on {platform.node()} is not waiting for the others: it is at" in told
+    assert "rank 0 on" not in told
+    return told
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
     options = arguments(text_dataset, tmp_path / "run", "schedule.steps=100000", "guard.hang_seconds=4")
-    with Ranks(2, train_and_hang_loudly, str(tmp_path / "errors"), *options) as ranks:
-        for process in ranks.processes:
-            process.join(60)
-        assert 5 in [process.exitcode for process in ranks.processes]
-    told = "".join((tmp_path / f"errors-{rank}").read_text() for rank in range(2))
+    told = hung_run(tmp_path, 4, *options)
     assert "error: no step for 4 s (guard.hang_seconds)" in told
-    assert f"rank 1 on {platform.node()} is not waiting for the others: it is at" in told
-    assert "sleepy" in told
-    assert "rank 0 on" not in told
+    assert "(sleepy_read)" in told
     status = RunStatus.read(tmp_path / "run")
     assert status is not None
     assert status.state in ("failed", "running"), "rank 0 was told by an error, or was ended first"
     assert [rank.host for rank in status.ranks] == [platform.node()] * 2
     assert [rank.step for rank in status.ranks] == [status.step] * 2
+
+
+@pytest.mark.parametrize(("before_step", "place"), [(-1, "(sleepy_make)"), (0, "(sleepy_read)")])
+def test_a_rank_that_hangs_before_the_first_step_is_named(text_dataset, tmp_path, before_step, place):
+    told = hung_run(tmp_path, before_step, *arguments(text_dataset, tmp_path / "run", "guard.start_seconds=10"))
+    assert "error: no first step for 10 s (guard.start_seconds)" in told
+    assert place in told
 
 
 @pytest.mark.parametrize("ds_config", ["zero2", "zero3_experts"])

@@ -31,24 +31,22 @@ from mdseq.data.tokenizer import SpecialToken
 from mdseq.errors import UserError, exit_status
 from mdseq.evaluate.likelihood import LikelihoodOptions, Measure, Scorer
 from mdseq.evaluate.rows import ScoredRows
-from mdseq.generate.prompts import Prompt
+from mdseq.generate.prompts import PREDICTED, Prompt, Quantile
 from mdseq.generate.sampler import SamplerOptions
 from mdseq.generate.text import TextGenerator
+from mdseq.spec import load_spec
 
 ROOT = Path(__file__).parent.parent
+PAIRS = load_spec(Path("pairs")).spec
+SIZES = ("hidden_dim", "num_layers", "num_heads", "feedforward_dim")
 SHAPE = [
-    "model.hidden_dim=512", "model.num_layers=8", "model.num_heads=8", "model.feedforward_dim=1536",
+    *(f"model.{size}={getattr(PAIRS.model, size)}" for size in SIZES),
     "data.row_length=288", "data.packing=whole", "data.batch_size=228", "data.micro_batch_size=228",
     "schedule.warmup_steps=300", "checkpoint.interval_steps=1000000", "checkpoint.keep_last=1",
     "report.sample_interval_steps=0", "report.valid_rows=256", "report.log_interval_steps=50",
 ]  # fmt: skip
 MODELS: dict[str, list[str]] = {
-    "ours": [
-        "--spec", "sa_diffuseq", *SHAPE, "attention.dilation=[1]", "attention.num_global=2", "model.dropout=0.3",
-        "diffusion.source_dropout=0.2", "diffusion.self_conditioning=0.5", "optimiser.learning_rate=1e-3",
-        "optimiser.weight_decay=1.0", "optimiser.ema_decay=0.999", "optimiser.precision=bf16", "diffusion.gamma=1.0",
-        "diffusion.absorbing_schedule=uniform", "diffusion.min_signal=0.53", "diffusion.timestep_sampling=uniform",
-    ],
+    "ours": ["--spec", "pairs", *SHAPE],
     "diffuseq": [
         "--spec", "diffuseq", *SHAPE, "optimiser.learning_rate=3e-4", "optimiser.ema_decay=0.999",
         "optimiser.precision=bf16",
@@ -103,7 +101,6 @@ class Pairs:
 
     Attributes:
         sources, references: Texts.
-        fronts: The sources as the model sees them.
         lengths: Tokens of the references.
         length_error: Mean absolute error of the predicted lengths, tokens.
     """
@@ -111,9 +108,9 @@ class Pairs:
     def __init__(self, data: Path, split: str, generator: TextGenerator, at_most: int | None = None) -> None:
         corpus = Corpus.open(data, split)
         count = min(at_most or corpus.num_documents, corpus.num_documents)
+        assert generator.lengths is not None
         self.generator = generator
         self.sources: list[str] = []
-        self.fronts: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.references: list[str] = []
         errors: list[int] = []
@@ -121,26 +118,21 @@ class Pairs:
             tokens, start = corpus.tokens(int(document)).astype(np.int64), corpus.target_start(int(document))
             source, target = (self._text(part) for part in (tokens[:start], tokens[start:]))
             self.sources.append(source)
-            self.fronts.append(tokens[:start])
             self.references.append(target)
             self.lengths.append(len(tokens) - start)
-            errors.append(abs(self._predicted(tokens[:start], MEDIAN) - self.lengths[-1]))
+            errors.append(abs(generator.lengths.at(tokens[:start], MEDIAN) - self.lengths[-1]))
         self.length_error = float(np.mean(errors))
 
     def bleu(self, options: SamplerOptions, quantile: float | None, batch_size: int = 256) -> float:
         """Of texts whose length is this quantile of what is predicted; None for the length of the reference."""
-        lengths = self.lengths if quantile is None else [self._predicted(front_l, quantile) for front_l in self.fronts]
         prompts = [
-            Prompt(source, n, index) for index, (source, n) in enumerate(zip(self.sources, lengths, strict=True))
+            Prompt(source, length if quantile is None else Quantile(quantile), index)
+            for index, (source, length) in enumerate(zip(self.sources, self.lengths, strict=True))
         ]
         texts = self.generator.generate(prompts, options, batch_size)
         found = [" ".join(text.split()) for text in texts]
         wanted = [" ".join(text.split()) for text in self.references]
         return sacrebleu.corpus_bleu(found, [wanted], tokenize="none", smooth_method="none", force=True).score
-
-    def _predicted(self, front_l: np.ndarray, quantile: float) -> int:
-        assert self.generator.lengths is not None
-        return self.generator.lengths.at(front_l, quantile)
 
     def _text(self, tokens: np.ndarray) -> str:
         return self.generator.tokenizer.decode(tokens[tokens >= len(SpecialToken)])
@@ -205,7 +197,7 @@ def measure(name: str, options: argparse.Namespace) -> Score:
     started = time.perf_counter()
     test_bleu = test.bleu(chosen, quantile)
     rate = len(test.sources) / (time.perf_counter() - started)
-    shown = [Prompt(source, "predicted", index) for index, source in enumerate(test.sources[:3])]
+    shown = [Prompt(source, PREDICTED, index) for index, source in enumerate(test.sources[:3])]
     for prompt, text in zip(shown, generator.generate(shown, chosen), strict=True):
         print(f"    {prompt.source!r}\n -> {text!r}", flush=True)
     corpus = Corpus.open(options.data, "valid")

@@ -137,6 +137,30 @@ def test_pairs_are_as_long_as_predicted(pair_model: str, capsys: pytest.CaptureF
     assert len(set(texts.values())) >= 2
 
 
+def test_a_quantile_of_the_predicted_lengths(text_model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ["--length", "predicted", "--min_length", 1000]
+    sizes = []
+    for quantile in ([], ["--length_quantile", 0.5], ["--length_quantile", 0], ["--length_quantile", 1]):
+        assert generate(text_model, *source, *quantile) == 0
+        sizes.append(len(capsys.readouterr().out))
+    assert sizes[2] < sizes[0] == sizes[1] < sizes[3]
+
+
+def test_a_quantile_of_lengths_that_are_not_predicted_is_refused(
+    text_model: str, pair_model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantile = ["--length_quantile", 0.4]
+    for model, *options in (
+        [pair_model, "--length", 40],
+        [pair_model, "--length", "sampled"],
+        [pair_model, "--infill", "[[4]]"],
+        [text_model],
+    ):
+        assert generate(model, *options, *quantile) == 2
+        assert "--length_quantile is of predicted lengths" in capsys.readouterr().err
+    assert generate(text_model, "--length", "predicted", *quantile) == 0
+
+
 @pytest.mark.parametrize("options", [[], ["--infill_key", "gaps"], ["--num", 2], ["--candidates", 3, "--length", 5]])
 def test_batches_do_not_change_the_texts(pair_model: str, inputs: Path, options: list) -> None:
     for batch_size in (1, 3, 8):

@@ -43,8 +43,8 @@ def test_the_defaults_are_the_moe_diffuseq_preset() -> None:
     assert preset.model_copy(update={"attention": RunSpec().attention}) == RunSpec()
 
 
-def test_the_presets_are_the_family() -> None:
-    assert preset_names() == ["diffuseq", "moe_diffuseq", "quickstart", "sa_diffuseq"]
+def test_the_presets() -> None:
+    assert preset_names() == ["diffuseq", "moe_diffuseq", "pairs", "quickstart", "sa_diffuseq"]
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -45,8 +45,15 @@ def add_command(commands: Any) -> None:
         "--length",
         type=_length,
         metavar="N|predicted|sampled",
-        help="tokens, the end of the text included; as the training data's median for a source of this length, or "
-        f"drawn from its distribution; default: predicted for pairs, {DEFAULT_LENGTH} for texts",
+        help="tokens, the end of the text included; as the training data's for such a source, or drawn from its "
+        f"distribution; default: predicted for pairs, {DEFAULT_LENGTH} for texts",
+    )
+    group.add_argument(
+        "--length_quantile",
+        type=number_between(0, 1),
+        default=0.5,
+        metavar="Q",
+        help="which quantile of the training data's lengths is predicted; default 0.5: the median",
     )
     group.add_argument(
         "--min_length", type=at_least(0), default=0, metavar="N", help="pass over ends of text before this; default 0"
@@ -206,6 +213,8 @@ def _requests(options: argparse.Namespace) -> Requests:
         given = [f"--{name}" for name in ("length", "min_length", "block", "context") if getattr(options, name)]
         if given:
             raise UserError(f"gaps have the lengths that they are marked with; leave out {', '.join(given)}")
+    if options.length_quantile != 0.5 and (fills(options) or options.length not in (None, "predicted")):
+        raise UserError("--length_quantile is of predicted lengths; leave it out, or --length")
     if options.trace is not None and options.candidates > 1:
         raise UserError("--trace shows one text, and --candidates writes several; leave out one of them")
     return requests
@@ -230,6 +239,8 @@ def _check_model(options: argparse.Namespace, requests: Requests, config: ModelC
         )
     if options.absorb and not config.gamma:
         raise UserError("--absorb needs a model with an absorbing state, and this one has none; leave it out")
+    if options.length_quantile != 0.5 and options.length is None and config.document_kind == "text":
+        raise UserError("--length_quantile is of predicted lengths; give --length predicted as well")
     if not fills(options):
         return
     if config.document_kind == "pair":

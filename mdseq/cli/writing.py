@@ -16,7 +16,7 @@ from mdseq.cli.progress import progress
 from mdseq.cli.requests import Requests
 from mdseq.cli.results import Results
 from mdseq.generate.documents import Blocks
-from mdseq.generate.prompts import Infill, Length, Prompt
+from mdseq.generate.prompts import Infill, Length, Prompt, Quantile
 from mdseq.generate.rerank import best_of
 from mdseq.generate.rows import Row
 from mdseq.generate.sampler import SamplerOptions
@@ -55,7 +55,8 @@ class Writing:
             confidence=options.confidence,
         )
         self.blocks = Blocks.of(config.row_length, options.block, options.context)
-        self.length: Length = options.length or ("predicted" if config.document_kind == "pair" else DEFAULT_LENGTH)
+        length: Any = options.length or ("predicted" if config.document_kind == "pair" else DEFAULT_LENGTH)
+        self.length: Length = Quantile(options.length_quantile) if length == "predicted" else length
         self.has_source = config.document_kind == "pair" or not fills(options)
         self.templates = (
             [Template.parse(record[infill_key(options)], options.gap_marker) for record in self.records]

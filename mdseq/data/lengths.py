@@ -117,15 +117,11 @@ class LengthTable:
             "quantiles_kq": list(map(list, self.quantiles_kq)),
         }
 
-    def predicted(self, given_l: np.ndarray) -> int:
-        """The median number of tokens to generate after these, BOS and separator included."""
-        return self.at(given_l, 0.5)
+    def at(self, given_l: np.ndarray, share: float) -> int:
+        """How many tokens to generate after these, BOS and separator included: as many as a share in [0, 1] falls below.
 
-    def at(self, given_l: np.ndarray, uniform: float) -> int:
-        """The inverse of the distribution of lengths after the given tokens, at a number in [0, 1].
-
-        For texts, that is the distribution of what is left of the documents that are longer than what is given; where
-        none is, of whole documents.
+        For texts, it is a share of what is left of the documents that are longer than what is given; where none is, of
+        whole documents.
         """
         quantile_q = self._quantiles(given_l)
         share_q = np.linspace(0, 1, len(quantile_q))
@@ -133,7 +129,7 @@ class LengthTable:
         if given >= quantile_q[-1]:
             given = 0
         passed = float(np.interp(given, quantile_q, share_q, left=0.0))
-        length = float(np.interp(passed + uniform * (1 - passed), share_q, quantile_q)) - given
+        length = float(np.interp(passed + share * (1 - passed), share_q, quantile_q)) - given
         return max(1, round(length))
 
     def _quantiles(self, given_l: np.ndarray) -> np.ndarray:

@@ -25,7 +25,16 @@ from mdseq.generate.rows import Row
 from mdseq.generate.template import Template
 from mdseq.noise import NoiseKey, Purpose
 
-Length = int | Literal["predicted", "sampled"]
+
+@dataclass(frozen=True)
+class Quantile:
+    """A length such that this share of the training data's targets of such a source are shorter; 0.5 is the median."""
+
+    share: float
+
+
+Length = int | Quantile | Literal["sampled"]
+PREDICTED = Quantile(0.5)
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Prompt:
 
     Attributes:
         source: The text to continue, or the source of a pair; may be empty.
-        length: Tokens to write, the end of the text included: a number, or from the training data's targets of such a
-            source their median ("predicted") or a draw from their distribution ("sampled").
+        length: Tokens to write, the end of the text included: a number, or by the training data's targets of such a
+            source, a quantile of their lengths, or a draw from their distribution ("sampled").
         sample_id: Key of the noise; prompts with the same source and another id give another text.
     """
 
@@ -139,8 +148,8 @@ class PromptEncoder:
             return prompt.length
         if self.lengths is None:
             raise UserError("the model does not know how long the texts of its training data are; give a length")
-        if prompt.length == "predicted":
-            return self.lengths.predicted(front_l)
+        if isinstance(prompt.length, Quantile):
+            return self.lengths.at(front_l, prompt.length.share)
         key = NoiseKey(seed, 0, torch.tensor([prompt.sample_id]))
         return self.lengths.at(front_l, key.uniform(Purpose.LENGTH, 1).item())
 

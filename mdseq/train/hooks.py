@@ -16,7 +16,7 @@ from mdseq.data.format import Kind
 from mdseq.data.lengths import LengthTable
 from mdseq.data.tokenizer import Tokenizer
 from mdseq.engine.checkpoint import CheckpointManifest, CheckpointWriter, remove_old_checkpoints
-from mdseq.generate.prompts import Length, Prompt
+from mdseq.generate.prompts import PREDICTED, Prompt
 from mdseq.generate.sampler import SamplerOptions, usual_solver
 from mdseq.generate.text import TextGenerator
 from mdseq.model.saved import CONFIG_FILE, ModelConfig
@@ -187,7 +187,7 @@ class SampleHook:
         with torch.no_grad():
             model = objective.model()
             generator = TextGenerator(model, self.tokenizer, self.kind, lengths=self.lengths)
-            length: Length = "predicted" if self.kind == "pair" else report.sample_length
+            length = PREDICTED if self.kind == "pair" else report.sample_length
             prompts = [Prompt(source, length, i) for i, source in enumerate(self.sources)]
             options = SamplerOptions(report.sample_solver_steps, usual_solver(model), seed=trainer.spec.seed)
             texts = generator.generate(prompts, options)

@@ -77,7 +77,7 @@ def test_of_many_sources_some_are_read(pair_dataset: Path, monkeypatch: pytest.M
     table = LengthTable.of(corpus)
     assert corpus.num_documents / 5 - 1 < len(read) < corpus.num_documents / 4 + 1
     assert read == list(range(0, corpus.num_documents, read[1]))
-    assert table.predicted(tokens_of(0, 0, corpus.target_start(0))) > 1
+    assert table.at(tokens_of(0, 0, corpus.target_start(0)), 0.5) > 1
 
 
 @settings(max_examples=30)
@@ -101,26 +101,26 @@ def test_tokens_that_stand_for_many_make_a_target_long() -> None:
     worth_v = worth_of_tokens(sources, target_n, 10)
     table = LengthTable.of_lengths("pair", worth_v, [worth_v[source].sum() for source in sources], target_n)
     for n in range(9):
-        assert table.predicted(np.array([5] * n + [6] * (8 - n))) == pytest.approx(8 + 2 * n, abs=1.5)
+        assert table.at(np.array([5] * n + [6] * (8 - n)), 0.5) == pytest.approx(8 + 2 * n, abs=1.5)
 
 
 def test_lengths_follow_the_source_between_bins_and_stop_at_the_ends() -> None:
     source_n = np.repeat([8, 64], 101)
     target_n = np.concatenate([np.arange(100, 201), np.arange(400, 501)])
     table = LengthTable.of_lengths("pair", np.ones(1), source_n, target_n)
-    assert [table.predicted(tokens(source)) for source in (0, 1, 8, 64, 5000)] == [150, 150, 150, 450, 450]
-    assert table.predicted(tokens(22)) == pytest.approx(300, abs=8)  # half-way on the scale of logarithms
+    assert [table.at(tokens(source), 0.5) for source in (0, 1, 8, 64, 5000)] == [150, 150, 150, 450, 450]
+    assert table.at(tokens(22), 0.5) == pytest.approx(300, abs=8)  # half-way on the scale of logarithms
     assert [table.at(tokens(8), uniform) for uniform in (0.0, 0.25, 1.0)] == [100, 125, 200]
 
 
 def test_texts_are_as_long_as_documents_less_what_is_given() -> None:
     length_n = np.arange(100, 201)
     table = LengthTable.of_lengths("text", NONE, np.ones_like(length_n), length_n)
-    assert table.predicted(tokens(1)) == 150  # the BOS alone
-    assert table.predicted(tokens(51)) == 100  # 50 tokens given, none of the documents is shorter
-    assert table.predicted(tokens(151)) == 25  # of those that are longer than 150: 150 to 200
+    assert table.at(tokens(1), 0.5) == 150  # the BOS alone
+    assert table.at(tokens(51), 0.5) == 100  # 50 tokens given, none of the documents is shorter
+    assert table.at(tokens(151), 0.5) == 25  # of those that are longer than 150: 150 to 200
     assert table.at(tokens(151), 0.0) == 1  # never nothing
-    assert table.predicted(tokens(1000)) == 150  # longer than all of them: nothing is known
+    assert table.at(tokens(1000), 0.5) == 150  # longer than all of them: nothing is known
 
 
 def test_draws_have_the_distribution_of_the_data() -> None:
@@ -137,7 +137,7 @@ def test_the_table_of_a_corpus_of_texts(corpus_of) -> None:
     table = LengthTable.of(corpus_of(lengths))
     assert table.quantiles_kq[0][0] == 10  # less the BOS
     assert table.quantiles_kq[0][-1] == 50
-    assert table.predicted(tokens(1)) == 30
+    assert table.at(tokens(1), 0.5) == 30
 
 
 def test_the_table_of_some_sources_of_a_corpus(corpus_of) -> None:

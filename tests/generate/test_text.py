@@ -15,7 +15,7 @@ from mdseq.data.tokenizer import SpecialToken, Tokenizer
 from mdseq.errors import UserError
 from mdseq.generate import rows as rows_module
 from mdseq.generate.documents import Blocks
-from mdseq.generate.prompts import Infill, Prompt, PromptEncoder
+from mdseq.generate.prompts import PREDICTED, Infill, Prompt, PromptEncoder, Quantile
 from mdseq.generate.sampler import SamplerOptions, Samples
 from mdseq.generate.template import Template
 from mdseq.generate.text import LongRowWarning, TextGenerator
@@ -167,14 +167,15 @@ def test_lengths_by_the_table(tokenizer: Tokenizer) -> None:
     def num_targets(source: str, length, sample_id: int = 0) -> int:
         return int(row_of(tokenizer, Prompt(source, length, sample_id), "pair", table).target_l.sum())
 
-    assert num_targets("", "predicted") == 20
-    assert num_targets("the river " * 99, "predicted") == 200
+    assert num_targets("", PREDICTED) == 20
+    assert num_targets("the river " * 99, PREDICTED) == 200
+    assert num_targets("", Quantile(0.25)) == 15
     drawn = [num_targets("", "sampled", sample_id) for sample_id in range(40)]
     assert len(set(drawn)) > 10
     assert drawn == [num_targets("", "sampled", sample_id) for sample_id in range(40)]
     assert 10 <= min(drawn) < 20 < max(drawn) <= 40
     with pytest.raises(UserError, match="give a length"):
-        row_of(tokenizer, Prompt("", "predicted", 0), "pair")
+        row_of(tokenizer, Prompt("", PREDICTED, 0), "pair")
 
 
 def test_long_texts_are_cut_by_the_row_length(tokenizer: Tokenizer) -> None:

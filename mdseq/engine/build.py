@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +38,13 @@ def start_processes(arrival_seconds: float = ARRIVAL_SECONDS) -> torch.device:
     # DeepSpeed calls collectives by names that newer versions of torch are renaming.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ |= {
             "RANK": "0",
             "LOCAL_RANK": "0",
             "WORLD_SIZE": "1",
             "LOCAL_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": "0",  # whichever is free: nobody else needs to know
         }
     local_rank = int(os.environ["LOCAL_RANK"])
     if on_gpu:

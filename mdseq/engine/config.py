@@ -234,7 +234,10 @@ def _complete_experts(values: dict[str, Any], spec: RunSpec, num_ranks: int, on_
         return 1
     num_experts = spec.experts.num_experts
     if not num_experts:
-        problems.append("expert_parallel is set, but the run spec has no experts (experts.num_experts = 0); remove one")
+        problems.append(
+            "expert_parallel is set, but the run spec has no experts (experts.num_experts = 0); remove it, as "
+            "ds_configs/zero2.json and zero3.json do, or raise num_experts"
+        )
         return 1
     size = section.get("autoep_size", AUTO)
     if size == AUTO:

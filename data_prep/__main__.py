@@ -184,7 +184,7 @@ def _build(options: argparse.Namespace) -> None:
     table = _table(f"{options.out}: {manifest.kind}, {manifest.vocab_size:,} token vocabulary", manifest)
     table.caption = f"{seconds:.1f} s, {text_bytes / 1e6 / seconds:.1f} MB/s; fingerprint {manifest.fingerprint[:16]}"
     _console().print(table)
-    _print_rejected(options.out, manifest)
+    _print_what_became_of_records(options.out, manifest)
     if not spec.vocabulary.tokenizer and manifest.vocab_size < spec.vocabulary.size:
         print(f"the text supports {manifest.vocab_size:,} tokens, not the {spec.vocabulary.size:,} asked for")
 
@@ -307,13 +307,15 @@ def _table(title: str, manifest: Manifest) -> Table:
     return table
 
 
-def _print_rejected(out: Path, manifest: Manifest) -> None:
+def _print_what_became_of_records(out: Path, manifest: Manifest) -> None:
     from mdseq.data.format import REJECTED_FILE
 
     for name, source in manifest.sources.items():
         if source.rejected:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in source.rejected.items())
             print(f"rejected of {name}: {reasons}; listed in {out / REJECTED_FILE}")
+        if source.merged:
+            print(f"joined of {name}: {source.merged:,} documents, each to the one before")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _source_entry(source: SourceSpec, shards: list[FinishedShard]) -> SourceEntr
         weight=source.weight,
         path_header=source.path_header if source.format == "code" else "",
         copies=source.copies,
-        joined=sum(shard.joined for shard in shards),
+        merged=sum(shard.merged for shard in shards),
         read=sum(shard.read for shard in shards),
         rejected=dict(sorted(rejected.items())),
     )

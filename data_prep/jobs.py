@@ -23,7 +23,7 @@ from data_prep.clean import Screen
 from data_prep.contamination import Contamination
 from data_prep.documents import Document, Rejection, Screened
 from data_prep.duplicates import Dropped, load_dropped
-from data_prep.joining import joined
+from data_prep.joining import as_one, groups
 from data_prep.plan import InputFile, Plan, PlannedShard
 from data_prep.readers.base import Stretch
 from data_prep.readers.registry import reader_of
@@ -74,7 +74,7 @@ class BuildFolder:
 class FinishedShard(BaseModel):
     """The sidecar of a shard: written last, so that what it names is whole. `faults` are among `rejected`.
 
-    `joined` is how many documents fewer there are than those that were kept, as each became part of the one before.
+    `merged` counts documents that became part of the one before.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,7 +85,7 @@ class FinishedShard(BaseModel):
     read: int
     rejected: dict[str, int]
     faults: int
-    joined: int
+    merged: int
 
 
 class ShardJobs:
@@ -201,7 +201,7 @@ class _SplitWriters:
         self._writers: dict[Split, ShardWriter] = {}
         self._rejected: IO[str] | None = None
         self._reasons: Counter[str] = Counter()
-        self._read = self._faults = self._kept = 0
+        self._read = self._faults = self._merged = 0
         self._walked = self._advanced = 0
 
     def write(self) -> FinishedShard:
@@ -228,7 +228,7 @@ class _SplitWriters:
             read=self._read,
             rejected=dict(sorted(self._reasons.items())),
             faults=self._faults,
-            joined=self._kept - sum(part.documents for part in parts.values()),
+            merged=self._merged,
         )
 
     def remove_temporaries(self) -> None:
@@ -239,11 +239,10 @@ class _SplitWriters:
 
     def _write_copy(self, copy: int) -> None:
         """Write the documents of all splits, or with another copy than the first, those of the training split."""
-        source, documents = self._source, self._documents(copy)
-        if source.joined > 1:
-            documents = joined(documents, source.joined, source.joined_characters, copy)
-        for split, screened in documents:
-            self._encode(split, screened, copy)
+        source = self._source
+        for split, group in groups(self._documents(copy), source.joined, source.joined_characters, copy):
+            self._encode(split, as_one(group), copy)
+            self._merged += len(group) - 1
 
     def _documents(self, copy: int) -> Iterator[tuple[Split, Screened]]:
         """What is kept of a copy; on the first, all that is read is counted."""
@@ -256,7 +255,6 @@ class _SplitWriters:
                 if ordinal in dropped:
                     rejection = dropped[ordinal].rejection(item)
                 elif copy == 0 or split == "train":
-                    self._kept += 1
                     yield split, item
                 ordinal += 1
             if copy == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 from data_prep.documents import Document, Pieces, Screened
@@ -11,40 +11,38 @@ from mdseq.data.format import Split, document_id
 JOINT = " "
 
 
-def joined(
+def groups(
     documents: Iterable[tuple[Split, Screened]], size: int, max_characters: int, copy: int
-) -> Iterator[tuple[Split, Screened]]:
-    """Training documents that follow each other as one: source to source, target to target, with a space between.
+) -> Iterator[tuple[Split, list[Screened]]]:
+    """Which documents become one: training documents that follow each other; what is held out stays by itself.
 
-    Which they are is shifted by one with each copy, so that a document stands beside another one. What is held out is
-    as it was.
+    Where groups begin is shifted by one with each copy, so that a document has other company in each of `size` copies.
 
     Args:
-        documents: In order; nothing of a source or target but strings.
-        size: Documents that become one.
-        max_characters: Fewer become one where they would have more characters than this; 0 for no limit.
+        documents: In order; where `size` is above 1, of strings that can be walked again.
+        size: Documents of a group, at most.
+        max_characters: A group that would have more is cut into several; 0 for no limit.
         copy: Number of the copy, from 0.
     """
     group: list[Screened] = []
-    characters, room = 0, copy % size or size
+    characters = place = 0
     for split, screened in documents:
-        if split != "train":
-            yield split, screened
+        if split != "train" or size == 1:
+            yield split, [screened]
             continue
         more = sum(map(len, chain(*screened.document.parts)))
-        if group and 0 < max_characters < characters + more:
-            yield "train", _as_one(group)
-            group, characters, room = [], 0, size
+        if group and (place % size == copy % size or 0 < max_characters < characters + more):
+            yield "train", group
+            group, characters = [], 0
         group.append(screened)
         characters += more
-        if len(group) == room:
-            yield "train", _as_one(group)
-            group, characters, room = [], 0, size
+        place += 1
     if group:
-        yield "train", _as_one(group)
+        yield "train", group
 
 
-def _as_one(group: list[Screened]) -> Screened:
+def as_one(group: Sequence[Screened]) -> Screened:
+    """Source to source and target to target, with a space between; file and row are those of the first."""
     if len(group) == 1:
         return group[0]
     first = group[0].document

@@ -78,6 +78,17 @@ class SourceSpec(Section):
             self.record_template()  # names what is malformed
         return self
 
+    @model_validator(mode="after")
+    def _joined_of_pairs(self) -> Self:
+        if self.joined > 1 and self.turns:
+            raise ValueError(f"joined = {self.joined} is for pairs of source and target, not for turns; leave it out")
+        if self.joined_characters and self.joined == 1:
+            raise ValueError(
+                f"joined_characters = {self.joined_characters} limits what is joined, and joined = 1 joins nothing; "
+                "set joined = 2, or leave joined_characters out"
+            )
+        return self
+
     def record_template(self) -> RecordTemplate:
         """How a record becomes a document, once one of text, source or turns is given."""
         return RecordTemplate.of(self.text, self.source, self.target, self.turns, self.turn, self.last_turn_is_target)

@@ -73,9 +73,10 @@ All mistakes are reported at once. What is in the dataset depends on these keys 
 A model that sees few pairs often learns them by heart. Subword regularisation (Kudo, arXiv 1804.10959) shows it each in
 many ways: `copies` puts a training document into the dataset several times, and `sampling` cuts the source of each copy
 into tokens at random, the more freely the lower it is; 0 turns it off. Targets, and all that is held out, are cut in
-the likeliest way as ever. `joined` makes one pair of several that follow each other, with others in each copy (data
-augmentation by concatenation, arXiv 2105.01691), as long as they have no more than `joined_characters`. The other
-direction is a task of its own, which a mark in front of its sources tells apart:
+the likeliest way as ever. `joined` makes one pair of several that follow each other, source to source and target to
+target with a space between (data augmentation by concatenation, arXiv 2105.01691): as long as they have no more than
+`joined_characters`, and with other neighbours in each of as many copies. The other direction is a task of its own,
+which a mark in front of its sources tells apart:
 
     [[sources]]
     name = "pairs"
@@ -108,9 +109,10 @@ direction is a task of its own, which a mark in front of its sources tells apart
 
 Give such sources a file of training pairs only: by `hash`, a pair and its reverse may fall into different splits. Leave
 `exact_duplicates` and `near_duplicates` as they are, for these sources repeat each other. Random cuts have more tokens,
-and so have joined pairs: `python -m data_prep stats` shows the longest, which must fit into `data.row_length`. In
-training, `data.mixture` weighs the sources, and `data.lengths_of=["pairs"]` keeps generation from predicting the
-lengths of the reversed and the joined. A document that is cut at random takes about twice as long to build.
+and so have joined pairs, which `joined_characters` bounds in characters: `python -m data_prep stats` shows the longest
+in tokens, which must fit into `data.row_length`. In training, `data.mixture` weighs the sources, and
+`data.lengths_of=["pairs"]` keeps generation from predicting the lengths of the reversed and the joined. A document that
+is cut at random takes about twice as long to build.
 """
 
 

@@ -150,14 +150,14 @@ def test_a_quantile_of_lengths_that_are_not_predicted_is_refused(
     text_model: str, pair_model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     quantile = ["--length_quantile", 0.4]
-    for model, *options in (
-        [pair_model, "--length", 40],
-        [pair_model, "--length", "sampled"],
-        [pair_model, "--infill", "[[4]]"],
-        [text_model],
+    for told, model, *options in (
+        ["leave out --length 40", pair_model, "--length", 40],
+        ["leave out --length sampled", pair_model, "--length", "sampled"],
+        ["marked with; leave out --length_quantile", pair_model, "--infill", "[[4]]"],
+        ["give --length predicted as well", text_model],
     ):
         assert generate(model, *options, *quantile) == 2
-        assert "--length_quantile is of predicted lengths" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
     assert generate(text_model, "--length", "predicted", *quantile) == 0
 
 

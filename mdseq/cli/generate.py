@@ -51,7 +51,6 @@ def add_command(commands: Any) -> None:
     group.add_argument(
         "--length_quantile",
         type=number_between(0, 1),
-        default=0.5,
         metavar="Q",
         help="which quantile of the training data's lengths is predicted; default 0.5: the median",
     )
@@ -211,10 +210,11 @@ def _requests(options: argparse.Namespace) -> Requests:
         requests = Requests.one(record if options.infill is None else record | {infill_key(options): options.infill})
     if fills(options):
         given = [f"--{name}" for name in ("length", "min_length", "block", "context") if getattr(options, name)]
+        given += ["--length_quantile"] if options.length_quantile is not None else []
         if given:
             raise UserError(f"gaps have the lengths that they are marked with; leave out {', '.join(given)}")
-    if options.length_quantile != 0.5 and (fills(options) or options.length not in (None, "predicted")):
-        raise UserError("--length_quantile is of predicted lengths; leave it out, or --length")
+    elif options.length_quantile is not None and options.length not in (None, "predicted"):
+        raise UserError(f"--length_quantile is of predicted lengths; leave out --length {options.length}")
     if options.trace is not None and options.candidates > 1:
         raise UserError("--trace shows one text, and --candidates writes several; leave out one of them")
     return requests
@@ -239,7 +239,7 @@ def _check_model(options: argparse.Namespace, requests: Requests, config: ModelC
         )
     if options.absorb and not config.gamma:
         raise UserError("--absorb needs a model with an absorbing state, and this one has none; leave it out")
-    if options.length_quantile != 0.5 and options.length is None and config.document_kind == "text":
+    if options.length_quantile is not None and options.length is None and config.document_kind == "text":
         raise UserError("--length_quantile is of predicted lengths; give --length predicted as well")
     if not fills(options):
         return

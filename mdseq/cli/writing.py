@@ -16,7 +16,7 @@ from mdseq.cli.progress import progress
 from mdseq.cli.requests import Requests
 from mdseq.cli.results import Results
 from mdseq.generate.documents import Blocks
-from mdseq.generate.prompts import Infill, Length, Prompt, Quantile
+from mdseq.generate.prompts import PREDICTED, Infill, Length, Prompt, Quantile
 from mdseq.generate.rerank import best_of
 from mdseq.generate.rows import Row
 from mdseq.generate.sampler import SamplerOptions
@@ -56,7 +56,8 @@ class Writing:
         )
         self.blocks = Blocks.of(config.row_length, options.block, options.context)
         length: Any = options.length or ("predicted" if config.document_kind == "pair" else DEFAULT_LENGTH)
-        self.length: Length = Quantile(options.length_quantile) if length == "predicted" else length
+        predicted = PREDICTED if options.length_quantile is None else Quantile(options.length_quantile)
+        self.length: Length = predicted if length == "predicted" else length
         self.has_source = config.document_kind == "pair" or not fills(options)
         self.templates = (
             [Template.parse(record[infill_key(options)], options.gap_marker) for record in self.records]

@@ -84,14 +84,14 @@ class SplitEntry(Totals):
 class SourceEntry(_Record):
     """A source as a whole.
 
-    `read` = the documents of its splits, + all that was rejected, by reason. The training split has each of its
-    documents `copies` times, but for those that have become part of the one before, which are `joined` in number.
+    `read` = what was rejected, by reason, + the documents held out + (those of the training split + `merged`) / `copies`;
+    `merged` counts documents, copies included, that are part of the one before.
     """
 
     weight: float | None
     path_header: str
     copies: int = 1
-    joined: int = 0
+    merged: int = 0
     read: int
     rejected: dict[str, int]
 
@@ -129,7 +129,7 @@ class Manifest(_Record):
         parts = {split: entry.sources[source] for split, entry in self.splits.items() if source in entry.sources}
         in_training = parts["train"].documents if "train" in parts else 0
         held_out = sum(part.documents for split, part in parts.items() if split != "train")
-        return (whole.read - sum(whole.rejected.values()) - held_out) * whole.copies == in_training + whole.joined
+        return (whole.read - sum(whole.rejected.values()) - held_out) * whole.copies == in_training + whole.merged
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

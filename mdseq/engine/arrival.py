@@ -53,7 +53,6 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
         if rank == 0:
             store.set("gathered", _gather(store, num_ranks, seconds))
         problem = store.get("gathered").decode()
-        store.set(f"heard/{rank}", "")
     except (dist.DistError, TimeoutError) as error:
         if rank == 0 and "EADDRINUSE" in str(error):
             raise Separated(f"port {port} of {platform.node()} is taken; give --master_port another") from None
@@ -63,8 +62,10 @@ def meet_ranks(seconds: float = ARRIVAL_SECONDS) -> Store:
             f"whether that has started, and whether a firewall stands between them ({reason})"
         ) from None
     if problem:
-        if rank == 0:
-            _wait_to_be_heard(store, num_ranks)
+        with suppress(dist.DistError):
+            store.set(f"heard/{rank}", "")
+            if rank == 0:
+                _wait_to_be_heard(store, num_ranks)
         raise Separated(problem)
     return store
 
@@ -111,9 +112,8 @@ def _gather(store: Store, num_ranks: int, seconds: float) -> str:
 
 def _wait_to_be_heard(store: Store, num_ranks: int) -> None:
     """Rank 0 takes the store along when it leaves: those that have come read there first why."""
-    with suppress(dist.DistError):
-        come = [rank for rank in range(num_ranks) if store.check([f"arrived/{rank}"])]
-        store.wait([f"heard/{rank}" for rank in come], timedelta(seconds=SLACK_SECONDS))
+    come = [rank for rank in range(num_ranks) if store.check([f"arrived/{rank}"])]
+    store.wait([f"heard/{rank}" for rank in come], timedelta(seconds=SLACK_SECONDS))
 
 
 def _named(ranks: Iterable[int]) -> str:

@@ -28,7 +28,7 @@ from mdseq.noise import NoiseKey, Purpose
 
 @dataclass(frozen=True)
 class Quantile:
-    """A length such that this share of the training data's targets of such a source are shorter; 0.5 is the median."""
+    """Of the lengths of the training data's targets of such a source; a share in [0, 1], 0.5 the median."""
 
     share: float
 
@@ -150,6 +150,7 @@ class PromptEncoder:
             raise UserError("the model does not know how long the texts of its training data are; give a length")
         if isinstance(prompt.length, Quantile):
             return self.lengths.at(front_l, prompt.length.share)
+        assert prompt.length == "sampled"
         key = NoiseKey(seed, 0, torch.tensor([prompt.sample_id]))
         return self.lengths.at(front_l, key.uniform(Purpose.LENGTH, 1).item())
 

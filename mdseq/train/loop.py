@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from mdseq.engine.build import DeepSpeedEngine
 
 
-def start_limit(guard: GuardSpec) -> Limit:
-    """Of the preparations, and of the first step."""
+def start_limit(guard: GuardSpec, what: str) -> Limit:
+    """Of what comes before the second step."""
     seconds = guard.start_seconds
-    return Limit(seconds, f"no first step for {seconds:g} s (guard.start_seconds)")
+    return Limit(seconds, f"{what} for {seconds:g} s; if nothing hangs, raise guard.start_seconds")
 
 
 class Hook(Protocol):
@@ -99,9 +99,10 @@ class Trainer:
         """
         self.objective.train()
         seconds = self.spec.guard.hang_seconds
-        limit = Limit(seconds, f"no step for {seconds:g} s (guard.hang_seconds)")
+        limit = Limit(seconds, f"no step for {seconds:g} s; if nothing hangs, raise guard.hang_seconds")
+        first = start_limit(self.spec.guard, "no first step")
         try:
-            with StopSignals() as signals, Watch(lambda: self.step, limit, start_limit(self.spec.guard), hear):
+            with StopSignals() as signals, Watch(lambda: self.step, limit, first, hear):
                 while not self.is_last_step:
                     with self.clock.step(self.step + 1):
                         self._take_step()

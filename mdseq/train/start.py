@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,9 +104,7 @@ def train(plan: RunPlan) -> int:
     """
     device = start_processes(plan.spec.guard.arrival_seconds)
     try:
-        agreement = Agreement()
-        with agreement.on_rank_0(plan.run.lock()):
-            return _train(plan, agreement, device)
+        return _train(plan, Agreement(), device)
     except Exception as error:
         if has_lost_ranks(error):
             # Where each of those that are left stands, is long to tell; why, the lost one has told.
@@ -120,11 +119,14 @@ def train(plan: RunPlan) -> int:
 
 
 def _train(plan: RunPlan, agreement: Agreement, device: torch.device) -> int:
-    with Watch(lambda: 0, start_limit(plan.spec.guard)):
-        trainer, hooks, hear = _prepare(plan, agreement, device)
-    trainer.run(hooks, hear)
-    agreement.all(True)  # launchers kill the others when one is gone: nobody leaves before rank 0 has told how it ended
-    return trainer.stopped_by
+    with ExitStack() as stack:
+        with Watch(lambda: 0, start_limit(plan.spec.guard, "not ready for the first step")):
+            stack.enter_context(agreement.on_rank_0(plan.run.lock()))
+            trainer, hooks, hear = _prepare(plan, agreement, device)
+        trainer.run(hooks, hear)
+        # Launchers kill the others when one is gone: nobody leaves before rank 0 has told how it ended.
+        agreement.all(True)
+        return trainer.stopped_by
 
 
 def _prepare(plan: RunPlan, agreement: Agreement, device: torch.device) -> tuple[Trainer, list[Hook], Hear | None]:

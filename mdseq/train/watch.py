@@ -54,14 +54,14 @@ class Limit:
 
 
 class Watch:
-    """A thread of each rank that ends the process when no step is taken for too long. A context.
+    """A thread of each rank that ends the process when its work does not go on for too long. A context.
 
     Each rank tells the others where it is every HEARTBEAT_SECONDS, through the process group's store. When time is up,
     those that no longer tell, or are not waiting for the others, are named.
 
     Args:
-        step: How many steps this rank has taken.
-        limit: Of a step.
+        step: How many steps this rank has taken, or whatever else its work consists of.
+        limit: Of one step.
         first: Of the first one, if not the same.
         hear: Called with the newest heartbeats of all ranks, every HEARTBEAT_SECONDS.
         end: Called in the end, with the exit status.

@@ -23,8 +23,11 @@ def meet(seconds: float = 30.0, **variables: str) -> str:
         store = arrival.meet_ranks(seconds)
     except Separated as error:
         return str(error)
-    store.set(os.environ["RANK"], "x")
-    store.wait([str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))])
+    everyone = range(int(os.environ["WORLD_SIZE"]))
+    for news in ("there", "done"):  # rank 0, with which the store goes, leaves last
+        store.set(f"{news}/{os.environ['RANK']}", "")
+        if news == "there" or os.environ["RANK"] == "0":
+            store.wait([f"{news}/{rank}" for rank in everyone])
     return ""
 
 

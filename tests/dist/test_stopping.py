@@ -74,22 +74,23 @@ def test_a_second_signal_stops_at_once(text_dataset, tmp_path):
 
 
 def train_and_hang(*options: str | Path, before_step: int = 4) -> int:
-    """Rank 1 does not come back from reading a step, or with -1, from preparing to read."""
+    """Rank 1 does not take its next step, or with -1, does not come to the first."""
     from mdseq.data.loader import Loader
+    from mdseq.train.loop import Trainer
 
-    make, read = Loader.__init__, Loader.micro_batches
+    make, take = Loader.__init__, Trainer._take_step
 
     def sleepy_make(self, *args):
         make(self, *args)
         if before_step == -1 and self.rank == 1:
             time.sleep(1000)
 
-    def sleepy_read(self, step):
-        if step == before_step and self.rank == 1:
+    def sleepy_take(self):
+        if self.step == before_step and self.agreement.rank == 1:
             time.sleep(1000)
-        return read(self, step)
+        take(self)
 
-    Loader.__init__, Loader.micro_batches = sleepy_make, sleepy_read
+    Loader.__init__, Trainer._take_step = sleepy_make, sleepy_take
     return train(*options)
 
 
@@ -114,8 +115,8 @@ def hung_run(folder: Path, before_step: int, *options: str | Path) -> str:
 def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
     options = arguments(text_dataset, tmp_path / "run", "schedule.steps=100000", "guard.hang_seconds=4")
     told = hung_run(tmp_path, 4, *options)
-    assert "error: no step for 4 s (guard.hang_seconds)" in told
-    assert "(sleepy_read)" in told
+    assert "error: no step for 4 s; if nothing hangs, raise guard.hang_seconds" in told
+    assert "(sleepy_take)" in told
     status = RunStatus.read(tmp_path / "run")
     assert status is not None
     assert status.state in ("failed", "running"), "rank 0 was told by an error, or was ended first"
@@ -123,10 +124,13 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(text_dataset, tmp_path):
     assert [rank.step for rank in status.ranks] == [status.step] * 2
 
 
-@pytest.mark.parametrize(("before_step", "place"), [(-1, "(sleepy_make)"), (0, "(sleepy_read)")])
-def test_a_rank_that_hangs_before_the_first_step_is_named(text_dataset, tmp_path, before_step, place):
+@pytest.mark.parametrize(
+    ("before_step", "told_of", "place"),
+    [(-1, "not ready for the first step", "(sleepy_make)"), (0, "no first step", "(sleepy_take)")],
+)
+def test_a_rank_that_hangs_before_the_first_step_is_named(text_dataset, tmp_path, before_step, told_of, place):
     told = hung_run(tmp_path, before_step, *arguments(text_dataset, tmp_path / "run", "guard.start_seconds=10"))
-    assert "error: no first step for 10 s (guard.start_seconds)" in told
+    assert f"error: {told_of} for 10 s; if nothing hangs, raise guard.start_seconds" in told
     assert place in told
 
 

@@ -81,8 +81,9 @@ def run_on_slurm(
     try:
         array.wait(while_waiting)
     except BaseException as error:
-        array.cancel()
-        if isinstance(error, KeyboardInterrupt):
+        if not array.cancel():
+            print(f"Slurm job {array.job_id} still runs: scancel {array.job_id}", file=sys.stderr, flush=True)
+        elif isinstance(error, KeyboardInterrupt):
             print(f"Slurm job {array.job_id} is cancelled; {GOES_ON}", file=sys.stderr, flush=True)
         raise
 
@@ -146,15 +147,17 @@ class _Array:
         if unfinished:
             raise UserError(self._vanished(sorted(unfinished), states))
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         """Cancel what is left, and wait for it to be gone, so that nobody writes behind the caller's back."""
-        subprocess.run(["scancel", self.job_id], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while time.monotonic() < deadline:
+            # Each time anew: a controller that is busy may not have heard.
+            subprocess.run(["scancel", self.job_id], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
             states = self._states()
             if states is not None and set(states.values()) <= ENDED:
-                break
+                return True
             time.sleep(SECONDS_BETWEEN_LOOKS)
+        return False
 
     def _finished(self, unfinished: set[int]) -> set[int]:
         """Those that have left their result. Raises UserError when it is a failure."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,12 +174,39 @@ def test_ctrl_c_cancels_the_array(near: Slurm, tmp_path: Path) -> None:
     try:
         wait_until(lambda: all((tmp_path / f"{task}").exists() for task in range(4)), 30, "four running tasks")
         child.send_signal(signal.SIGINT)
-        complaints = child.communicate(timeout=30)[1]
+        complaints = child.communicate(timeout=90)[1]  # it waits for a minute for all to be gone
     finally:
         child.kill()
     assert child.returncode == -signal.SIGINT
     assert re.search(r"Slurm job \d+ is cancelled; the same command goes on where it stopped", complaints)
     assert all_ended(near)
+
+
+@pytest.mark.parametrize("deaf", [1, 10**6])
+def test_a_controller_that_does_not_hear_is_told_again(
+    near: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], deaf: int
+) -> None:
+    scancel = shutil.which("scancel")
+    (tmp_path / "scancel").write_text(
+        f'#!/bin/sh\ncd {tmp_path}; echo x >> calls; [ $(wc -l < calls) -gt {deaf} ] || exit 1; exec {scancel} "$@"\n'
+    )
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def interrupt() -> None:
+        if (tmp_path / "0").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_on_slurm(partial(tasks.last_long, tmp_path), 1, SMALL, tmp_path / "array", "prep", interrupt)
+    told = capsys.readouterr().err
+    if deaf == 1:
+        assert "is cancelled" in told
+        assert all_ended(near)
+    else:
+        job = re.search(r"Slurm job (\d+) still runs: scancel \1", told)
+        assert job is not None
+        near.run(str(scancel), job[1])
 
 
 def test_a_job_that_slurm_refuses(near: Slurm, tmp_path: Path) -> None:
